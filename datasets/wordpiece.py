@@ -1,0 +1,96 @@
+"""WordPiece vocabularies: read one, train one, and cut sentences into ids with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from pipeline.errors import UserError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_ALPHABET = 1000  # characters kept, the most frequent ones, as in BERT's own vocabulary
+_WORDS_PER_LINE = 1000
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """The ids of a vocab.txt, one token a line.
+
+    Raises:
+        UserError: no such file, no text, a token missing that is needed, or one that stands there twice.
+    """
+    try:
+        tokens = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable vocabulary ({error}); give a vocab.txt, one token a line") from error
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    missing = [token for token in SPECIAL if token not in vocabulary]
+    if missing:
+        raise UserError(f"{path}: no {missing[0]} in it; a BERT vocabulary has {', '.join(SPECIAL)}")
+    if len(vocabulary) != len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise UserError(f"{path}: {twice!r} stands there twice; every token needs one line of its own")
+    return vocabulary
+
+
+def tokenizer_for(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
+    """BERT's tokenizer: normalise, cut at white space and punctuation, longest pieces first."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool) -> list[str]:
+    """The tokens of a vocabulary of at most `size`, in the order of their ids; the same lines give the same one.
+
+    The trainer numbers continuations (##a) in the random order of a hash map, and breaks ties by number. Given in a
+    fixed order beforehand, they are not numbered again. It drops rare characters in random order, too: it is
+    not given any.
+
+    Raises:
+        UserError: `size` does not hold the special tokens and the alphabet.
+    """
+    words = _count_words(lines, lowercase=lowercase)
+    alphabet = _frequent_characters(words)
+    kept = {word: count for word, count in words.items() if alphabet.issuperset(word)}
+    continuations = sorted({f"##{character}" for word in kept for character in word[1:]})
+    least = len(SPECIAL) + len(continuations) + len({word[0] for word in kept})
+    if size < least:
+        raise UserError(f"a vocabulary of {size} does not hold the alphabet; give --train-vocab {least} or more")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=[*SPECIAL, *continuations], limit_alphabet=_ALPHABET, show_progress=False
+    )
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.train_from_iterator(_repeated(kept), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
+def _count_words(lines: Iterable[str], *, lowercase: bool) -> Counter[str]:
+    normalise = normalizers.BertNormalizer(lowercase=lowercase).normalize_str
+    cut = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    words: Counter[str] = Counter()
+    for line in lines:
+        words.update(word for word, _ in cut(normalise(line)))
+    if not words:
+        raise UserError("no words to train a vocabulary on; give text with --input")
+    return words
+
+
+def _frequent_characters(words: Counter[str]) -> set[str]:
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    return set(sorted(counts, key=lambda character: (-counts[character], character))[:_ALPHABET])
+
+
+def _repeated(words: dict[str, int]) -> Iterator[str]:
+    """Every word as often as it was counted, in lines of bounded length."""
+    for word, count in words.items():
+        for done in range(0, count, _WORDS_PER_LINE):
+            yield " ".join([word] * min(_WORDS_PER_LINE, count - done))

@@ -1,0 +1,171 @@
+"""Which failure was the first real one: events and times in, a verdict out.
+
+rank 3 exits with 1, no word sent        primary: a failure of its own
+rank 1 says failed(..., secondary)       secondary: it lost its peer; wait SETTLE_S for the peer's own report
+rank 2 ended by mpirun or by us          secondary
+the first primary failure wins; without one, the first secondary, when SETTLE_S have passed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+SETTLE_S = 1.5  # how long secondary failures wait for a primary one
+EXIT_S = 2.0  # how long a rank that said why it fails is given to exit with its own status
+
+
+class Started(NamedTuple):
+    """The process of a rank runs."""
+
+    rank: int
+
+
+class Output(NamedTuple):
+    """Whole lines of a rank's stream ("stdout" or "stderr")."""
+
+    rank: int
+    stream: str
+    lines: list[str]
+
+
+class Progress(NamedTuple):
+    """A rank's bar."""
+
+    rank: int
+    done: int
+    total: int
+    text: str
+
+
+class Exited(NamedTuple):
+    """The process of a rank ended (128 + number when by a signal); `killed`: it was told to, by heturun or mpirun."""
+
+    rank: int
+    status: int
+    killed: bool
+
+
+class Closed(NamedTuple):
+    """All output of a rank has arrived."""
+
+    rank: int
+
+
+class Failed(NamedTuple):
+    """A process says why it is about to end."""
+
+    rank: int
+    message: str
+    secondary: bool
+
+
+class Lost(NamedTuple):
+    """Ranks whose agent went away without a word, or that could not be started; `message` says what is known."""
+
+    ranks: tuple[int, ...]
+    message: str
+
+
+class Signalled(NamedTuple):
+    """The launcher got SIGINT or SIGTERM."""
+
+    number: int
+
+
+Event = Started | Output | Progress | Exited | Closed | Failed | Lost | Signalled
+
+
+class Verdict(NamedTuple):
+    """The first real failure: its exit status, None when it did not exit by itself; and its own words, if any."""
+
+    rank: int
+    exited: int | None
+    message: str | None
+
+
+class Complaint(NamedTuple):
+    """A sign of failure: when, whose, in what words, and whether it only follows from another failure."""
+
+    time: float
+    rank: int
+    message: str | None
+    secondary: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a job so far: exit statuses, complaints in the order of arrival, and ranks that are through."""
+
+    size: int
+    started: frozenset[int] = frozenset()
+    exits: Mapping[int, int] = field(default_factory=dict)
+    complaints: tuple[Complaint, ...] = ()
+    closed: frozenset[int] = frozenset()
+
+    def after(self, event: Event, now: float) -> Outcome:
+        """The outcome with one more event, which arrived at time `now`."""
+        if isinstance(event, Started):
+            return replace(self, started=self.started | {event.rank})
+        if isinstance(event, Closed):
+            return replace(self, closed=self.closed | {event.rank})
+        if isinstance(event, Failed):
+            return self._complained(now, event.rank, event.message, event.secondary)
+        if isinstance(event, Exited):
+            known = replace(self, exits={**self.exits, event.rank: event.status}, started=self.started | {event.rank})
+            return known if event.status == 0 else known._complained(now, event.rank, None, event.killed)
+        if isinstance(event, Lost):
+            return self._lost(event, now)
+        return self
+
+    def _lost(self, event: Lost, now: float) -> Outcome:
+        ranks = [rank for rank in event.ranks if rank not in self.closed]
+        known = replace(self, closed=self.closed | frozenset(ranks))
+        unfinished = [rank for rank in ranks if rank not in self.exits]
+        return known._complained(now, unfinished[0], event.message, True) if unfinished else known
+
+    def _complained(self, now: float, rank: int, message: str | None, secondary: bool) -> Outcome:
+        return replace(self, complaints=(*self.complaints, Complaint(now, rank, message, secondary)))
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that have not started."""
+        return tuple(rank for rank in range(self.size) if rank not in self.started)
+
+    @property
+    def over(self) -> bool:
+        """Every rank has ended and all its output is here."""
+        return len(self.closed) == self.size
+
+    def verdict(self, now: float) -> Verdict | None:
+        """The failure to report; None while there is none or while its status or a more primary one may yet come."""
+        chosen = self._chosen(now)
+        if chosen is None:
+            return None
+        rank = chosen.rank
+        if rank not in self.exits and chosen.message is not None and now < chosen.time + EXIT_S and not self.over:
+            return None
+        return Verdict(rank, self.exits.get(rank), self._words(rank, chosen.message))
+
+    def look_again_at(self, now: float) -> float | None:
+        """When time alone turns the complaints into a verdict."""
+        if not self.complaints:
+            return None
+        chosen = self._chosen(now)
+        return self.complaints[0].time + SETTLE_S if chosen is None else chosen.time + EXIT_S
+
+    def _chosen(self, now: float) -> Complaint | None:
+        """The first primary complaint of a rank that did not itself say it was secondary; else, in time, the first."""
+        excused = {c.rank for c in self.complaints if c.secondary and c.message is not None}
+        for complaint in self.complaints:
+            if not complaint.secondary and (complaint.message is not None or complaint.rank not in excused):
+                return complaint
+        if self.complaints and (self.over or now >= self.complaints[0].time + SETTLE_S):
+            return self.complaints[0]
+        return None
+
+    def _words(self, rank: int, message: str | None) -> str | None:
+        """The rank's own explanation, a primary one before a secondary one."""
+        said = sorted((c.secondary, c.message) for c in self.complaints if c.rank == rank and c.message is not None)
+        return said[0][1] if said else message

@@ -1,0 +1,73 @@
+"""Reaching the other hosts over ssh: one private configuration file that both plain ssh and mpirun's ssh read.
+
+The user's own ~/.ssh/config and /etc/ssh/ssh_config still count, for all that the cluster file and `-i` leave open.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from heturun.cluster import Node
+from pipeline.errors import UserError
+
+ASK_S = 10.0
+
+
+def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None) -> None:
+    """Writes the configuration for `nodes`; in ssh the first value found counts, so ours stand before the user's."""
+    lines = [line for node in nodes for line in _host(node)]
+    known = f'"{path.parent / "known_hosts"}" ~/.ssh/known_hosts ~/.ssh/known_hosts2'  # new keys go to the first one
+    lines += [
+        "Host *",
+        f"  UserKnownHostsFile {known}",
+        "  BatchMode yes",
+        "  ServerAliveInterval 10",
+        "  ServerAliveCountMax 3",
+    ]
+    if identity is not None:
+        lines += [f'  IdentityFile "{identity}"', "  IdentitiesOnly yes"]
+    lines += ["  Include ~/.ssh/config", "  Include /etc/ssh/ssh_config"]
+    lines += ["Match all", "  StrictHostKeyChecking accept-new", "  ConnectTimeout 20"]
+    path.write_text("\n".join(lines) + "\n")
+    path.chmod(0o600)
+
+
+def alias(node: Node) -> str:
+    """The name under which ssh and mpirun know the host; mpirun reads a colon as the start of a number of slots."""
+    return node.host.replace(":", "-").replace("%", "-") if ":" in node.host else node.host
+
+
+def real_name(config: Path, node: Node) -> str:
+    """The name or address that ssh itself would connect to.
+
+    Raises:
+        UserError: there is no ssh here, or it rejects the host or its configuration.
+    """
+    try:
+        asked = subprocess.run(
+            ["ssh", "-F", str(config), "-G", alias(node)], capture_output=True, text=True, timeout=ASK_S, check=False
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"host {node.host} is another machine and there is no ssh here; install OpenSSH's client"
+        ) from None
+    found = [line.partition(" ")[2] for line in asked.stdout.splitlines() if line.startswith("hostname ")]
+    if asked.returncode != 0 or not found:
+        raise UserError(f"host {node.host}: ssh says: {' '.join(asked.stderr.split())}; correct ~/.ssh/config")
+    return found[0]
+
+
+def command(config: Path, node: Node, remote: str) -> list[str]:
+    """Runs the shell line `remote` on the host."""
+    return ["ssh", "-T", "-F", str(config), alias(node), remote]
+
+
+def _host(node: Node) -> list[str]:
+    settings = [
+        ("HostName", node.address or (node.host if ":" in node.host else None)),
+        ("User", node.user),
+        ("Port", node.port),
+    ]
+    return [f"Host {alias(node)}", *(f"  {key} {value}" for key, value in settings if value is not None)]

@@ -1,0 +1,173 @@
+"""Authenticated messages over TCP: the one format that launcher, agents and training processes speak.
+
+client                                server          both hold the secret key of the job
+  <----------------------- nonce s ---
+  --- nonce c, HMAC(key, "c" s c) --->                a stranger learns nothing and is dropped
+  <------------- HMAC(key, "s" c s) ---
+  <==== 4-byte length, JSON object ===>
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import socket
+import struct
+import threading
+from typing import Any
+
+Message = dict[str, Any]
+
+MAX_FRAME_BYTES = 64 << 20
+NONCE_BYTES = 32
+DIGEST_BYTES = 32
+HANDSHAKE_S = 10.0
+LOST_S = 5  # a host that was switched off or cut off counts as lost after about this long
+
+
+class Channel:
+    """One end of a connection; `send` may be called by several threads, `receive` by one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sending = threading.Lock()
+        sock.settimeout(None)
+        _keep_alive(sock)
+
+    def send(self, message: Message) -> None:
+        """Sends one message; raises `OSError` when the connection is gone."""
+        data = json.dumps(message).encode()
+        with self._sending:
+            self._sock.sendall(struct.pack(">I", len(data)) + data)
+
+    def receive(self) -> Message | None:
+        """The next message; None when the other end went away, however it went."""
+        try:
+            (length,) = struct.unpack(">I", _read(self._sock, 4))
+            if length > MAX_FRAME_BYTES:
+                return None
+            message: Message = json.loads(_read(self._sock, length))
+            return message
+        except (OSError, EOFError):
+            return None
+
+    def finish(self) -> None:
+        """Says that no more will be sent; what was sent still arrives."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Ends the connection and wakes a thread that waits in `receive`."""
+        with contextlib.suppress(OSError):  # it was not connected any more
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    @property
+    def own_address(self) -> str:
+        """The address of this end: the one by which the other end can reach this host."""
+        return plain_address(str(self._sock.getsockname()[0]))
+
+    @property
+    def peer_address(self) -> str:
+        return plain_address(str(self._sock.getpeername()[0]))
+
+
+def connect(address: str, key: bytes, *, timeout_s: float) -> Channel:
+    """Connects to "host:port" (or "[v6]:port") and proves both ends' knowledge of the key.
+
+    Raises:
+        OSError: nobody listens there, or no answer in time.
+        PermissionError: the other end does not hold the key.
+    """
+    host, port = split_address(address)
+    sock = socket.create_connection((host, port), timeout=timeout_s)
+    try:
+        theirs, ours = _read(sock, NONCE_BYTES), os.urandom(NONCE_BYTES)
+        sock.sendall(ours + _digest(key, b"c" + theirs + ours))
+        answer = _read(sock, DIGEST_BYTES)
+    except EOFError as error:
+        sock.close()
+        raise PermissionError(f"{address} refused the key of this job") from error
+    except OSError:
+        sock.close()
+        raise
+    if not hmac.compare_digest(answer, _digest(key, b"s" + ours + theirs)):
+        sock.close()
+        raise PermissionError(f"{address} does not hold the key of this job")
+    return Channel(sock)
+
+
+def accept(sock: socket.socket, key: bytes) -> Channel | None:
+    """The server's half of the handshake on an accepted connection; None for a stranger."""
+    sock.settimeout(HANDSHAKE_S)
+    try:
+        ours = os.urandom(NONCE_BYTES)
+        sock.sendall(ours)
+        answer = _read(sock, NONCE_BYTES + DIGEST_BYTES)
+        theirs, digest = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+        if hmac.compare_digest(digest, _digest(key, b"c" + ours + theirs)):
+            sock.sendall(_digest(key, b"s" + theirs + ours))
+            return Channel(sock)
+    except (OSError, EOFError):
+        pass  # a port scanner, or a client that gave up
+    sock.close()
+    return None
+
+
+def listen(*, only_here: bool) -> socket.socket:
+    """A listening socket on a free port: on the loopback, or on every address of this host (with IPv6 if it is on)."""
+    if only_here:
+        return socket.create_server(("127.0.0.1", 0), backlog=1024)
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        except OSError:
+            pass  # IPv6 is compiled in but switched off
+    return socket.create_server(("0.0.0.0", 0), backlog=1024)
+
+
+def join_address(host: str, port: int) -> str:
+    """ "10.0.0.1:80" or "[fd00::1]:80"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address {address!r}: expected host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def plain_address(address: str) -> str:
+    """An IPv4 address seen through an IPv6 socket (::ffff:10.0.0.1) without its wrapping."""
+    return address.removeprefix("::ffff:") if "." in address else address
+
+
+def _digest(key: bytes, message: bytes) -> bytes:
+    return hmac.digest(key, message, "sha256")
+
+
+def _read(sock: socket.socket, count: int) -> bytes:
+    parts: list[bytes] = []
+    while count > 0:
+        part = sock.recv(min(count, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", LOST_S - 3),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", LOST_S * 1000),
+    ):
+        if hasattr(socket, name):  # they are Linux's
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

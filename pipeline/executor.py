@@ -1,0 +1,252 @@
+"""The one interpreter: carries out a program, action by action, on a stage and a transport.
+
+It decides nothing. What is done in which order was written by `schedules.program`; what an action means for the
+numbers is the stage's affair; how tensors travel is the transport's. A program read a few actions ahead tells the
+transport which messages to expect.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.actions import Action, Op
+from pipeline.gpu_clock import GpuClock, Handlers
+from pipeline.reduce import NoReducer, Reducer
+from pipeline.schedules import Program
+from pipeline.stage import Stage
+from pipeline.transport.protocol import Transport
+
+Tensors = tuple[Tensor, ...]
+Inputs = Callable[[int], Tensors]
+Targets = Callable[[int], tuple[Tensors, Any]]
+Record = Callable[[Action, float, float], object]
+
+LOOK_AHEAD = 6  # actions; a receive that far ahead is posted now
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A parameter that two stages share: who owns it, who borrows it, under which names."""
+
+    owner: int
+    borrower: int
+    owner_name: str
+    borrower_name: str
+
+
+@dataclass(kw_only=True)
+class Hooks:
+    """What the training loop plugs in: data, the learning rate, and being told about updates.
+
+    inputs: micro-batch -> inputs of the first stage. targets: micro-batch -> (targets, normalisers of its batch), for
+    the last stage. learning_rate: update number from 0 -> rate. updated: called after each update with its micro-batch.
+    """
+
+    inputs: Inputs | None = None
+    targets: Targets | None = None
+    learning_rate: Callable[[int], float] = lambda update: 0.0
+    updated: Callable[[int], object] | None = None
+    record: Record | None = None
+
+
+@dataclass
+class _Mail:
+    """Tensors on their way between two actions of this stage, by micro-batch."""
+
+    inputs: dict[int, Tensors] = field(default_factory=dict)
+    targets: dict[int, tuple[Tensors, Any]] = field(default_factory=dict)
+    outputs: dict[int, Tensors] = field(default_factory=dict)
+    gradients: dict[int, Tensors] = field(default_factory=dict)
+    input_gradients: dict[int, Tensors] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs programs for stage `position` of `stages`.
+
+    Args:
+        clock: tells the time of a device that the host runs ahead of, and records in place of `hooks.record`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        transport: Transport,
+        *,
+        position: int,
+        stages: int,
+        hooks: Hooks,
+        reducer: Reducer | None = None,
+        tie: Tie | None = None,
+        clock: GpuClock | None = None,
+    ) -> None:
+        self.stage, self.transport, self.hooks = stage, transport, hooks
+        self.position, self.stages = position, stages
+        self.reducer = reducer or NoReducer()
+        self.tie = tie
+        self._tied_slot = self._find_tied_slot()
+        self._mail = _Mail()
+        self._apply = True
+        self._clock = clock
+        self._busy_s = 0.0
+        handlers = self._handlers()
+        self._evaluation = handlers | {Op.FORWARD: self._evaluate, Op.BACKWARD: self._acknowledge}
+        self._training = handlers if clock is None else clock.timed(handlers)
+
+    def _find_tied_slot(self) -> int:
+        names = [slot.name for slot in self.stage.weights.slots]
+        return names.index(self.tie.owner_name) if self.tie and self.tie.owner == self.position else -1
+
+    def _handlers(self) -> Handlers:
+        return {
+            Op.LOAD: self._load,
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.SEND_ACTIVATION: self._send_activation,
+            Op.RECV_ACTIVATION: self._recv_activation,
+            Op.SEND_GRADIENT: self._send_gradient,
+            Op.RECV_GRADIENT: self._recv_gradient,
+            Op.OPEN_REDUCE: lambda microbatch: self.reducer.open(),
+            Op.REDUCE: lambda microbatch: self.reducer.finish(),
+            Op.NORM: self._norm,
+            Op.UPDATE: self._update,
+            Op.SEND_TIED_GRADIENT: self._send_tied_gradient,
+            Op.RECV_TIED_GRADIENT: self._recv_tied_gradient,
+            Op.SEND_TIED_WEIGHT: self._send_tied_weight,
+            Op.RECV_TIED_WEIGHT: self._recv_tied_weight,
+        }
+
+    def run(self, program: Program) -> None:
+        """Trains: carries out `program` to its end.
+
+        Raises:
+            PeerLost: a neighbour did not answer in time.
+        """
+        if self._clock is not None:
+            self._clock.begin()
+        self._run(program, self._training)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of training spent in forwards, backwards and updates so far; on a GPU, its own seconds."""
+        return self._busy_s if self._clock is None else self._clock.busy_s()
+
+    def evaluate(self, program: Program) -> dict[str, float]:
+        """Carries out a forward-only program; returns the criterion's sums on the last stage, {} elsewhere."""
+        self.stage.train(False)
+        kept, busy_s = self.stage.take_sums(), self._busy_s
+        try:
+            self._run(program, self._evaluation)
+        finally:
+            self.stage.train(True)
+            self._busy_s = busy_s
+        sums = self.stage.take_sums()
+        self.stage.restore_sums(kept)
+        return {key: float(value) for key, value in sums.items()}
+
+    def _run(self, program: Program, handlers: Handlers) -> None:
+        record, updated = self.hooks.record, self.hooks.updated
+        ahead: deque[Action] = deque()
+        self._look(ahead, program, LOOK_AHEAD)
+        while ahead:
+            action = ahead.popleft()
+            self._look(ahead, program, 1)
+            op = action.op
+            start = perf_counter()
+            handlers[op](action.microbatch)
+            end = perf_counter()
+            if op is Op.FORWARD or op is Op.BACKWARD or op is Op.UPDATE:
+                self._busy_s += end - start
+            if record is not None:
+                record(action, start, end)
+            if op is Op.UPDATE and updated is not None:
+                updated(action.microbatch)
+
+    def _look(self, ahead: deque[Action], program: Program, count: int) -> None:
+        for action in islice(program, count):
+            ahead.append(action)
+            if action.op is Op.RECV_ACTIVATION:
+                self.transport.post(self.position - 1, "A", action.microbatch)
+            elif action.op is Op.RECV_GRADIENT:
+                self.transport.post(self.position + 1, "G", action.microbatch)
+
+    # --- one method per action; the argument is the micro-batch
+
+    def _load(self, microbatch: int) -> None:
+        if self.position == 0 and self.hooks.inputs is not None:
+            self._mail.inputs[microbatch] = self.hooks.inputs(microbatch)
+        if self.position == self.stages - 1 and self.hooks.targets is not None:
+            self._mail.targets[microbatch] = self.hooks.targets(microbatch)
+
+    def _recv_activation(self, microbatch: int) -> None:
+        self._mail.inputs[microbatch] = self.transport.recv(self.position - 1, "A", microbatch)
+
+    def _forward(self, microbatch: int) -> None:
+        inputs = self._mail.inputs.pop(microbatch)
+        targets, counts = self._mail.targets.pop(microbatch, ((), None))
+        self._mail.outputs[microbatch] = self.stage.forward(microbatch, inputs, targets, counts)
+
+    def _send_activation(self, microbatch: int) -> None:
+        self.transport.send(self.position + 1, "A", microbatch, self._mail.outputs.pop(microbatch))
+
+    def _recv_gradient(self, microbatch: int) -> None:
+        self._mail.gradients[microbatch] = self.transport.recv(self.position + 1, "G", microbatch)
+
+    def _backward(self, microbatch: int) -> None:
+        self._mail.outputs.pop(microbatch, None)
+        gradients = self._mail.gradients.pop(microbatch, ())
+        self._mail.input_gradients[microbatch] = self.stage.backward(microbatch, gradients)
+
+    def _send_gradient(self, microbatch: int) -> None:
+        self.transport.send(self.position - 1, "G", microbatch, self._mail.input_gradients.pop(microbatch))
+
+    def _norm(self, microbatch: int) -> None:
+        """Every stage tells every other its part; all add them in the order of the stages, so all get the same sum."""
+        parts = {self.position: self.stage.gradient_norm_squared()}
+        others = [stage for stage in range(self.stages) if stage != self.position]
+        for stage in others:
+            self.transport.send(stage, "N", microbatch, (parts[self.position],))
+        for stage in others:
+            parts[stage] = self.transport.recv(stage, "N", microbatch)[0]
+        self._apply = self.stage.apply_norm(float(sum(parts[stage] for stage in sorted(parts))))
+
+    def _update(self, microbatch: int) -> None:
+        self._mail.input_gradients.pop(microbatch, None)
+        if self._apply:
+            self.stage.update(self.hooks.learning_rate(self.stage.updates))
+        self._apply = True
+
+    def _send_tied_gradient(self, microbatch: int) -> None:
+        assert self.tie is not None
+        gradient = self.stage.borrowed[0].take_gradient()
+        self.transport.send(self.tie.owner, "T", microbatch, (gradient,))
+
+    def _recv_tied_gradient(self, microbatch: int) -> None:
+        assert self.tie is not None
+        (gradient,) = self.transport.recv(self.tie.borrower, "T", microbatch)
+        self.stage.add_gradient(self._tied_slot, gradient)
+
+    def _send_tied_weight(self, microbatch: int) -> None:
+        assert self.tie is not None
+        value = self.stage.weights.newest.leaves[self._tied_slot].detach()
+        self.transport.send(self.tie.borrower, "W", microbatch, (value.clone(),))
+
+    def _recv_tied_weight(self, microbatch: int) -> None:
+        assert self.tie is not None
+        (value,) = self.transport.recv(self.tie.owner, "W", microbatch)
+        self.stage.borrowed[0].receive(value)
+
+    def _evaluate(self, microbatch: int) -> None:
+        targets, _ = self._mail.targets.pop(microbatch, ((), None))
+        self._mail.outputs[microbatch] = self.stage.evaluate(self._mail.inputs.pop(microbatch), targets)
+
+    def _acknowledge(self, microbatch: int) -> None:
+        self._mail.outputs.pop(microbatch, None)
+        self._mail.gradients.pop(microbatch, None)
+        self._mail.input_gradients[microbatch] = ()

@@ -1,0 +1,341 @@
+"""What a stage reads: the samples of micro-batch n of pipeline p, for ever, and the loader that fetches them.
+
+    epoch e, 11 samples shuffled    7 2 9 4 | 0 5 1 8 | 3 6 10      P = 2 pipelines, batch b = 2
+    pipeline 0 reads                7 2       0 5       3
+    pipeline 1 reads                    9 4       1 8     6         and 10 is the tail that nobody sees
+
+Slice k of P * b samples is everybody's batch k: P pipelines with batch b see what one with batch P * b sees.
+The last slice may be short, but equally short on all pipelines, so that all make equally many updates. At
+most P - 1 samples of an epoch are left out (P * M - 1 where the rest is too short for M micro-batches), other
+ones in every epoch.
+
+A sample is asked for by the key (epoch, index): loader workers that run ahead into the next epoch need not be
+told, and what a key gives depends on nothing but the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from pipeline.errors import UserError
+from pipeline.seeding import mix
+
+Key = int | tuple[int, int]
+Batch = tuple[Tensor, ...]
+
+
+class Samples(Protocol):
+    """A map-style data set: a key `(epoch, index)`, or an index for epoch 0, gives one sample."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key, /) -> Batch: ...
+
+
+class Microbatches(Protocol):
+    """Which samples stand in micro-batch n; `count` is None where they never end."""
+
+    @property
+    def count(self) -> int | None: ...
+
+    def keys(self, number: int, /) -> list[tuple[int, int]]: ...
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, *, epoch: int, seed: int) -> Tensor:
+    """The order of all `size` samples in that epoch: a permutation, (size,) int64; do not write to it."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+
+
+def shard(
+    order: Tensor, *, pipelines: int, pipeline: int, batch_size: int, drop_last: bool, least: int = 1
+) -> list[Tensor]:
+    """The batches of one pipeline in an epoch of this `order`; a short last one below `least` is dropped.
+
+    >>> shard(torch.arange(7), pipelines=2, pipeline=1, batch_size=2, drop_last=False)
+    [tensor([2, 3]), tensor([5])]
+    """
+    count = _count_batches(len(order), pipelines * batch_size, pipelines, 0 if drop_last else least)
+    return [_slice(order, batch, batch_size, pipelines, pipeline) for batch in range(count)]
+
+
+def _count_batches(size: int, global_batch: int, pipelines: int, least: int) -> int:
+    full, rest = divmod(size, global_batch)
+    return full + (1 if least and rest // pipelines >= least else 0)
+
+
+def _slice(order: Tensor, batch: int, batch_size: int, pipelines: int, pipeline: int) -> Tensor:
+    start = batch * batch_size * pipelines
+    length = min(batch_size, (len(order) - start) // pipelines)
+    return order[start + pipeline * length : start + (pipeline + 1) * length]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The training samples of one pipeline, by a batch number that never ends; see the picture above.
+
+    `batch_size` is per pipeline; every batch is cut into exactly `microbatches` parts whose sizes differ by
+    at most one, and micro-batch n is part n % M of batch n // M.
+
+    Raises:
+        UserError: too few samples for one batch of every pipeline, or a batch smaller than its micro-batches.
+    """
+
+    size: int
+    batch_size: int
+    pipelines: int = 1
+    pipeline: int = 0
+    microbatches: int = 1
+    seed: int = 0
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive(batch_size=self.batch_size, microbatches=self.microbatches)
+        _check_pipeline(self.pipeline, self.pipelines)
+        if self.batch_size < self.microbatches:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be cut into {self.microbatches} micro-batches; "
+                f"give --batch-size {self.microbatches} or more, or --microbatches {self.batch_size} or fewer"
+            )
+        if self.size < self.pipelines * self.batch_size:
+            raise UserError(
+                f"{self.size} training samples are fewer than one batch of {self.batch_size} for each of "
+                f"{self.pipelines} pipelines; give more data, or a smaller --batch-size or fewer pipelines"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        least = 0 if self.drop_last else self.microbatches
+        return _count_batches(self.size, self.pipelines * self.batch_size, self.pipelines, least)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that this pipeline (and every other) reads in an epoch."""
+        last = self.batches_per_epoch - 1
+        return last * self.batch_size + self.batch_length(last)
+
+    @property
+    def count(self) -> None:
+        """Micro-batches never end."""
+        return None
+
+    def epoch(self, batch: int) -> int:
+        return batch // self.batches_per_epoch
+
+    def batch_length(self, batch: int) -> int:
+        """Samples of this pipeline in that batch: the batch size, or less in the last batch of an epoch."""
+        start = (batch % self.batches_per_epoch) * self.batch_size * self.pipelines
+        return min(self.batch_size, (self.size - start) // self.pipelines)
+
+    def indices(self, batch: int) -> list[int]:
+        """The samples of this pipeline in that batch of the never-ending count."""
+        epoch, within = divmod(batch, self.batches_per_epoch)
+        order = epoch_order(self.size, epoch=epoch, seed=self.seed)
+        chosen: list[int] = _slice(order, within, self.batch_size, self.pipelines, self.pipeline).tolist()
+        return chosen
+
+    def microbatch_indices(self, batch: int, part: int) -> list[int]:
+        """Part `part` of M of that batch; never empty."""
+        return self.indices(batch)[slice(*self._bounds(batch, part))]
+
+    def microbatch_length(self, microbatch: int) -> int:
+        """Samples in a micro-batch, known to every stage without reading any."""
+        start, stop = self._bounds(*divmod(microbatch, self.microbatches))
+        return stop - start
+
+    def keys(self, microbatch: int) -> list[tuple[int, int]]:
+        batch, part = divmod(microbatch, self.microbatches)
+        epoch = self.epoch(batch)
+        return [(epoch, index) for index in self.microbatch_indices(batch, part)]
+
+    def _bounds(self, batch: int, part: int) -> tuple[int, int]:
+        """Nearly equal parts, the longer ones first, as torch.tensor_split cuts them."""
+        least, longer = divmod(self.batch_length(batch), self.microbatches)
+        start = part * least + min(part, longer)
+        return start, start + least + (1 if part < longer else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationPlan:
+    """The samples of one pipeline in a validation: every sample once, in order, in contiguous parts.
+
+    Pipelines may have different numbers of micro-batches (`count`, 0 where there are fewer samples than
+    pipelines), and the last one of each may be short: weight the results by the samples in them.
+    """
+
+    size: int
+    batch_size: int
+    pipelines: int = 1
+    pipeline: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(batch_size=self.batch_size)
+        _check_pipeline(self.pipeline, self.pipelines)
+
+    @property
+    def count(self) -> int:
+        start, stop = self._range()
+        return -(-(stop - start) // self.batch_size)
+
+    def microbatch_length(self, microbatch: int) -> int:
+        return len(self.keys(microbatch))
+
+    def keys(self, microbatch: int) -> list[tuple[int, int]]:
+        first, stop = self._range()
+        start = first + microbatch * self.batch_size
+        return [(0, index) for index in range(start, min(start + self.batch_size, stop))]
+
+    def _range(self) -> tuple[int, int]:
+        start = self.size * self.pipeline // self.pipelines
+        return start, self.size * (self.pipeline + 1) // self.pipelines
+
+
+@dataclass(frozen=True)
+class WholeBatches:
+    """The same samples with all micro-batches of a batch together: number k is batch k of `plan`."""
+
+    plan: Plan
+
+    @property
+    def count(self) -> None:
+        """Batches never end."""
+        return None
+
+    def keys(self, batch: int) -> list[tuple[int, int]]:
+        epoch = self.plan.epoch(batch)
+        return [(epoch, index) for index in self.plan.indices(batch)]
+
+
+class MicrobatchFeed:
+    """Fetches the micro-batches of a plan in order, with `workers` processes reading ahead (0: none).
+
+    Iterating gives `(microbatch, tensors)`, each tensor (samples, ...), from `start_microbatch` up to
+    `stop_microbatch` (None: the end of the plan, if it has one). Iterating again starts over with the same
+    workers. What comes out depends on the data set and the plan only; global random state is left alone.
+
+    Raises, while iterating:
+        UserError: a sample cannot be read; its own message, also when a worker process found it.
+        RuntimeError: a worker died, or sent nothing for `timeout_s` seconds (0: wait for ever).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Microbatches,
+        *,
+        start_microbatch: int = 0,
+        stop_microbatch: int | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+        timeout_s: float = 0.0,
+    ) -> None:
+        if workers < 0:
+            raise UserError(f"{workers} loader workers; give 0 (read in the training process) or more")
+        self._samples = _Guarded(samples)
+        self._keys = _KeyLists(plan, start_microbatch, stop_microbatch)
+        self._workers = workers
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._timeout_s = timeout_s
+        self._loader: DataLoader[Batch] | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        for microbatch, loaded in enumerate(_told_apart(iter(self._opened())), self._keys.start):
+            if isinstance(loaded, _Unreadable):
+                self.close()  # the traceback keeps this feed alive, and with it the workers
+                raise UserError(loaded.message)
+            yield microbatch, loaded
+
+    def close(self) -> None:
+        """Lets the worker processes go once nobody iterates; iterating again starts new ones."""
+        self._loader = None
+
+    def _opened(self) -> DataLoader[Batch]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._samples,  # type: ignore[arg-type]  # only __getitems__ and __len__ are used
+                batch_sampler=self._keys,
+                collate_fn=_unchanged,
+                num_workers=self._workers,
+                persistent_workers=self._workers > 0,
+                pin_memory=self._pin_memory,
+                timeout=self._timeout_s if self._workers else 0.0,
+                generator=torch.Generator().manual_seed(0),
+            )
+        return self._loader
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """What a worker sends instead of a micro-batch; an exception would arrive wrapped in a traceback."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """Reads the samples of one micro-batch and stacks them; a UserError becomes a value."""
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | _Unreadable:
+        try:
+            columns = zip(*(self.samples[key] for key in keys), strict=True)
+            return tuple(default_collate(list(column)) for column in columns)
+        except UserError as error:
+            return _Unreadable(str(error))
+
+
+@dataclass(frozen=True)
+class _KeyLists:
+    """The batch sampler of the loader: one list of keys per micro-batch."""
+
+    plan: Microbatches
+    start: int
+    stop: int | None
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        ends = [end for end in (self.stop, self.plan.count) if end is not None]
+        microbatch = self.start
+        while not ends or microbatch < min(ends):
+            yield self.plan.keys(microbatch)
+            microbatch += 1
+
+
+def _told_apart(loader: Iterator[Any]) -> Iterator[Any]:
+    """What the loader gives; the death of a worker is one kind of error, wherever torch was when it came to light.
+
+    torch raises a RuntimeError of its own if it was waiting, or the broken connection if it was fetching a tensor.
+    """
+    while True:
+        try:
+            loaded = next(loader)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(f"a process that reads data died: its connection is broken ({error})") from error
+        yield loaded
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; give 1 or more")
+
+
+def _check_pipeline(pipeline: int, pipelines: int) -> None:
+    if not 0 <= pipeline < pipelines:
+        raise UserError(f"pipeline {pipeline} of {pipelines} does not exist; give 0 to {pipelines - 1}")

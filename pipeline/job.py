@@ -1,0 +1,179 @@
+"""One rank of a job from settings to summary: what train_resnet.py and train_bert.py have in common."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.costs import profile_blocks
+from pipeline.errors import UserError
+from pipeline.partition import (
+    Profile,
+    conditions_of,
+    cut_points,
+    cut_table,
+    load_profile,
+    needs_profile,
+    save_profile,
+)
+from pipeline.report import RankReport, write_reports
+from pipeline.settings import Settings
+from pipeline.training import AMP, RunPlan, Task, Trainer, plan_run
+from pipeline.transport import choose_transport
+from pipeline.world import World
+
+Say = Callable[[str], None]
+DEFAULT_TIMEOUT_S = 300.0
+
+
+def train(settings: Settings, task: Task, world: World) -> None:
+    """Trains `task` as this rank of `world`; rank 0 prints the summary and draws the pictures.
+
+    Raises:
+        UserError: settings, layout, model and data that do not go together.
+        PeerLost: another rank went away.
+    """
+    say = say_on_rank_zero(world)
+    check_layout(settings, world)
+    counts = choose_cut(settings, task, world, say)
+    plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say)
+    say(describe_run(plan, world))
+    world.connect()
+    trainer = Trainer(plan, task, world, choose_transport(settings.backend, world))
+    if settings.resume_directory is not None:
+        trainer.resume(settings.resume_directory)
+    world.barrier()
+    trainer.run()
+    export(trainer)
+    finish(trainer, say)
+
+
+def check_layout(settings: Settings, world: World) -> None:
+    """A schedule that needs one stage gets a layout of one stage."""
+    if settings.pipeline == "dp" and world.num_stages > 1:
+        raise UserError(
+            f"--pipeline dp trains replicas of the whole model, but the layout has {world.num_stages} stages; "
+            "choose a layout of one stage (as device_8dp, local_1x2), or another --pipeline"
+        )
+
+
+def choose_cut(settings: Settings, task: Task, world: World, say: Say) -> tuple[int, ...]:
+    """Blocks per stage: as given, as the reference cuts this model, or balanced by a profile that rank 0 measures."""
+    bandwidth = settings.bandwidth or math.inf
+    rows = world.rows_per_stage
+    if not needs_profile(task.model, settings.partition, rows):
+        return cut_points(task.model, settings.partition, rows)
+    world.connect()
+    found: Any = None
+    if world.rank == 0:
+        found = _try(lambda: _balanced(settings, task, world, rows, bandwidth, say))
+    found = world.broadcast_from_zero(found)
+    if isinstance(found, UserError):
+        raise found
+    return tuple(found)
+
+
+def _try(act: Callable[[], Any]) -> Any:
+    """What `act` returns, or the UserError that it raises: rank 0 must not leave the others waiting."""
+    try:
+        return act()
+    except UserError as error:
+        return error
+
+
+def _balanced(
+    settings: Settings, task: Task, world: World, rows: tuple[int, ...], bandwidth: float, say: Say
+) -> tuple[int, ...]:
+    batch = max(1, settings.batch_size // settings.num_microbatches)
+    autocast = AMP[settings.amp]
+    path = Path(settings.profile) if settings.profile else None
+    if path is not None and path.exists():
+        costs = load_profile(path, task.model, batch=batch, device=world.device, autocast=autocast).costs
+    else:
+        measured = profile_blocks(
+            task.model, batch=batch, device=world.device, clock=perf_counter, repeats=3, warmup=1, autocast=autocast
+        )
+        costs = tuple(measured)
+        if path is not None:
+            conditions = conditions_of(task.model, batch=batch, device=world.device, autocast=autocast)
+            save_profile(path, Profile(conditions, costs))
+    counts = cut_points(task.model, settings.partition, rows, costs, bandwidth_bytes_per_s=bandwidth)
+    say(cut_table(costs, counts, bandwidth_bytes_per_s=bandwidth))
+    return counts
+
+
+def describe_run(plan: RunPlan, world: World) -> str:
+    """One line that says what is about to happen."""
+    shape = plan.shape
+    parts = [
+        f"{world.num_pipelines} pipeline(s) x {shape.stages} stage(s)",
+        f"schedule {plan.schedule.name}",
+        f"blocks per stage {','.join(map(str, plan.counts))}",
+    ]
+    if shape.microbatches > 1:
+        parts.append(f"{shape.microbatches} micro-batches a batch")
+    if plan.tie is not None:
+        parts.append(f"{plan.tie.owner_name} of stage {plan.tie.owner} lent to stage {plan.tie.borrower}")
+    return "; ".join(parts)
+
+
+def export(trainer: Trainer) -> None:
+    """Writes the whole model to --export, by way of a checkpoint: that is where the stages come together."""
+    settings, world = trainer.settings, trainer.world
+    if settings.export is None or world.pipeline != 0:
+        return
+    folder = Path(settings.export + ".parts")
+    updates = trainer.calendar.updates_after(trainer.batches)
+    saved = checkpoint.save(
+        folder, updates, tensors=trainer.stage.model_state(), values={}, group=world.pipeline_group()
+    )
+    if world.stage == 0:
+        checkpoint.export(saved, settings.export, ties=dict(trainer.task.model.ties))
+        shutil.rmtree(folder)
+        print_line(f"exported {settings.export}")
+
+
+def finish(trainer: Trainer, say: Say) -> None:
+    """Gathers what every rank did; rank 0 prints the table and writes the pictures."""
+    world, journal = trainer.world, trainer.journal
+    mine: dict[str, Any] = {"report": trainer.report().to_values(), "curve": [], "validations": []}
+    if journal is not None:
+        mine |= {"curve": journal.log.curve, "validations": journal.log.validations}
+    gathered = world.gather_to_zero(mine)
+    if journal is not None:
+        journal.log.close()
+    trainer.transport.close()
+    if gathered is not None:
+        reports = [RankReport.from_values(each["report"]) for each in gathered]
+        drawn = gathered[world.num_stages - 1]
+        write_reports(trainer.settings.out, reports, curve=drawn["curve"], validations=drawn["validations"], say=say)
+    world.barrier()
+    world.close()
+
+
+def say_on_rank_zero(world: World) -> Say:
+    """Prints a line, on rank 0 only."""
+    return print_line if world.rank == 0 else (lambda line: None)
+
+
+def deadline(settings: Settings) -> float:
+    """Seconds to wait for a peer: as given, else the launcher's, else 300."""
+    return settings.timeout or float(os.environ.get("HETURUN_TIMEOUT") or DEFAULT_TIMEOUT_S)
+
+
+def print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def use_threads(world: World) -> None:
+    """One thread per rank where ranks share the cores, unless the user has said otherwise (OMP_NUM_THREADS)."""
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))

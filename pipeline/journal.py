@@ -1,0 +1,170 @@
+"""What a run says while it goes on: log lines, scalars, the live progress bar, and the sums behind them.
+
+Only last stages know losses. The one of pipeline 0 speaks; those of the other pipelines add their sums to its epochs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.calendar import Calendar
+from pipeline.metrics import JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, run_directory
+from pipeline.optim import LearningRate
+from pipeline.report import peak_memory_bytes
+from pipeline.settings import Settings
+
+
+class Progress(Protocol):
+    """Draws `done` of `total` with a few words beside it."""
+
+    def __call__(self, done: int, total: int, text: str) -> object: ...
+
+
+class Journal:
+    """The log of one last stage.
+
+    Args:
+        speaks: whether this is the one that prints and writes (pipeline 0).
+        sum_over_pipelines: adds up a dict of sums over the last stages of all pipelines; all of them call it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        calendar: Calendar,
+        *,
+        speaks: bool,
+        pipelines: int,
+        rate: LearningRate,
+        sum_over_pipelines: Callable[[dict[str, float]], dict[str, float]],
+        progress: Progress,
+        busy_s: Callable[[], float],
+        device: str,
+        resumed: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._settings, self._calendar, self._speaks = settings, calendar, speaks
+        self._rate = rate
+        self._sum_over_pipelines, self._progress = sum_over_pipelines, progress
+        self._busy_s, self._device = busy_s, device
+        writers = _writers(settings, append=resumed) if speaks else ()
+        self.log = RunLog(
+            settings.task, say=say or (_print if speaks else _silent), writers=writers, replicas=pipelines
+        )
+        self._window = Window()
+        self._epoch_sums: dict[str, float] = {}
+        self._window_start = self._epoch_start = perf_counter()
+        self._window_busy = 0.0
+        self._last_update = 0
+        self.samples = 0.0
+
+    def begin(self, batches: int) -> None:
+        """Training starts, or goes on, after `batches` batches."""
+        if batches == 0:
+            self.log.start(self._settings.epochs, self._calendar.batches_per_epoch)
+        self._window_start = self._epoch_start = perf_counter()
+        self._last_update = self._calendar.updates_after(batches)
+        self.log.go_on(self._last_update)
+
+    def paused(self, seconds: float) -> None:
+        """Time that was not training (validation, a checkpoint) does not count in any speed."""
+        self._window_start += seconds
+        self._epoch_start += seconds
+
+    def updated(self, batches: int, sums: dict[str, Tensor]) -> None:
+        """An update is made after `batches` batches; `sums` are of the batches in it."""
+        self._window.add(**sums)
+        calendar, within = self._calendar, (batches - 1) % self._calendar.batches_per_epoch + 1
+        ended = calendar.ends_epoch(batches) or batches == calendar.total_batches
+        self._show_progress(batches)
+        if ended or within % self._settings.disp_batches == 0:
+            self._close_window(batches, within)
+        if ended:
+            self._close_epoch(batches)
+
+    def _close_window(self, batches: int, within: int) -> None:
+        rows = self._window.take()  # waits for a GPU, so the time is taken afterwards
+        now, update = perf_counter(), self._calendar.updates_after(batches)
+        sums = rows.sums()
+        self._epoch_sums = add_sums(self._epoch_sums, sums) if self._epoch_sums else sums
+        self.samples += sums["samples"]
+        seconds, busy = now - self._window_start, self._busy_s()
+        self.log.window(
+            epoch=(batches - 1) // self._calendar.batches_per_epoch,
+            batch=within,
+            update=update,
+            rows=rows,
+            seconds=seconds,
+            lr=self._rate(update - 1),
+            bubble=max(0.0, 1.0 - (busy - self._window_busy) / seconds) if seconds > 0 else 0.0,
+            memory_bytes=peak_memory_bytes(self._device),
+        )
+        self._window_start, self._window_busy = now, busy
+
+    def _close_epoch(self, batches: int) -> None:
+        sums = self._sum_over_pipelines(self._epoch_sums)
+        update = self._calendar.updates_after(batches)
+        self.log.epoch(
+            epoch=(batches - 1) // self._calendar.batches_per_epoch,
+            update=update,
+            sums=sums,
+            lr=self._rate(update - 1),
+            seconds=perf_counter() - self._epoch_start,
+        )
+        if self._calendar.ends_epoch(batches):  # else the run ends here, and a resumed one finishes the epoch
+            self._epoch_sums = {}
+        self._epoch_start = perf_counter()
+
+    def validated(self, batches: int, sums: dict[str, float]) -> None:
+        """A validation is over; `sums` are those of this pipeline's share."""
+        total = self._sum_over_pipelines(sums)
+        epoch = (batches - 1) // self._calendar.batches_per_epoch
+        self.log.validation(epoch=epoch, update=self._calendar.updates_after(batches), sums=total)
+
+    def _show_progress(self, batches: int) -> None:
+        if self._speaks:
+            epoch = (batches - 1) // self._calendar.batches_per_epoch
+            text = f"epoch {epoch + 1}/{self._settings.epochs}"
+            if self.log.curve:
+                text += f" loss {self.log.curve[-1][1]:.4f}"
+            self._progress(batches, self._calendar.total_batches, text)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same epoch line and curve; all last stages call this."""
+        return {
+            "epoch_sums": self._sum_over_pipelines(self._epoch_sums),
+            "curve": self.log.curve,
+            "validations": self.log.validations,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` of the checkpointed run returned."""
+        self._epoch_sums = dict(state["epoch_sums"]) if self._speaks else {}
+        self.log.curve = [(x, y) for x, y in state["curve"]]
+        self.log.validations = [(x, y) for x, y in state["validations"]]
+
+    def close(self) -> None:
+        self.log.close()
+
+
+def _writers(settings: Settings, *, append: bool) -> tuple[Writer, ...]:
+    writers: list[Writer] = [TensorBoard(run_directory(settings.runs, settings.name, now=datetime.now()))]
+    if settings.metrics is not None:
+        writers.append(JsonLines(Path(settings.metrics), append=append))
+    return tuple(writers)
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _silent(line: str) -> None:
+    return None

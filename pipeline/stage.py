@@ -1,0 +1,465 @@
+"""One stage of a model: its micro-batches in flight, its weight versions and its optimiser. It knows no neighbours.
+
+forward(5, inputs)   -> outputs       remembers the graph, and the weights it ran with
+backward(5, grads)   -> input grads   through those weights; gradients add up in `weights.gradients`
+update(lr)                            applies them to the newest weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batchnorm import DeferredBatchNorm2d, defer_batch_norm
+from pipeline.models.criterion import Criterion
+from pipeline.seeding import mix, seeded
+from pipeline.weights import Version, Weights
+
+Tensors = tuple[Tensor, ...]
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+MOST_VARIANTS = 128  # of a compiled block class: blocks of different shapes, times training or not, times batch sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """How a stage computes.
+
+    amp: autocast dtype, or None for full precision; with float16 the loss is scaled by loss_scale at first, and by
+    twice as much after every loss_scale_growth updates without an overflow. recompute: keep only the inputs of
+    micro-batches in flight and run their forward again before the backward. deferred_batchnorm: running statistics of
+    whole batches. decay_norm_and_bias: whether weight decay touches one-dimensional parameters. max_norm: clip the
+    gradient's norm.
+    """
+
+    seed: int = 0
+    pipeline: int = 0
+    amp: torch.dtype | None = None
+    loss_scale: float = 65536.0
+    loss_scale_growth: int = 2000
+    recompute: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    compile_backend: str = "inductor"
+    deferred_batchnorm: bool = False
+    decay_norm_and_bias: bool = True
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockModule:
+    """A built block: its number in the whole model, the prefix of its parameters' names, whether it draws numbers."""
+
+    index: int
+    prefix: str
+    module: nn.Module
+    random: bool = False
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A micro-batch between forward and backward."""
+
+    inputs: Tensors
+    outputs: Tensors  # with their graph; empty while they wait to be recomputed
+    version: Version
+    targets: Tensors = ()
+    counts: Any = None
+
+
+@dataclass
+class Borrowed:
+    """A parameter whose owner is another stage: the copy in use here, and its gradient since the last update."""
+
+    name: str
+    owner_name: str
+    homes: list[tuple[nn.Module, str]]
+    leaf: nn.Parameter
+    gradient: Tensor | None = None
+
+    def receive(self, value: Tensor) -> None:
+        """Uses the owner's new version from the next forward on."""
+        self.leaf = nn.Parameter(value)
+        for module, name in self.homes:
+            module._parameters[name] = self.leaf
+
+    def take_gradient(self) -> Tensor:
+        gradient, self.gradient = self.gradient, None
+        return torch.zeros_like(self.leaf) if gradient is None else gradient
+
+
+@dataclass
+class LossScaler:
+    """Dynamic loss scaling for float16 (Micikevicius et al., 2018, section 3.2); every stage keeps an equal one."""
+
+    scale: float = 1.0
+    growth_interval: int = 2000
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        """Halves the scale after an overflow, doubles it after `growth_interval` updates without one."""
+        if not finite:
+            self.scale, self.good_steps = max(self.scale / 2, 1.0), 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+@dataclass
+class _Sums:
+    """Metrics added up on the device, read only when somebody asks."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        for key, value in sums.items():
+            self.values[key] = self.values[key] + value if key in self.values else value
+
+    def take(self) -> dict[str, Tensor]:
+        result, self.values = self.values, {}
+        return result
+
+
+class _Statistics:
+    """Buffers of a stage (running statistics), kept and restored around a recomputation; one kernel per dtype."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        live: dict[torch.dtype, list[Tensor]] = {}
+        for _, module in modules:
+            for buffer in module.buffers():
+                live.setdefault(buffer.dtype, []).append(buffer.data)  # past autograd, which saved but never reads them
+        self._pairs = [(tensors, [torch.empty_like(tensor) for tensor in tensors]) for tensors in live.values()]
+
+    def keep(self) -> None:
+        for live, kept in self._pairs:
+            torch._foreach_copy_(kept, live)
+
+    def restore(self) -> None:
+        for live, kept in self._pairs:
+            torch._foreach_copy_(live, kept)
+
+
+class Stage:
+    """A run of neighbouring blocks with their weights and optimiser.
+
+    Args:
+        blocks: in order, already on their device.
+        optimizer: makes a torch optimiser of one or two parameter groups; None for a stage that only evaluates.
+        criterion: of the last stage, None elsewhere.
+        first: the first stage needs no gradient of its inputs.
+        borrowed: full name here -> full name of the owner, for parameters another stage owns.
+        aliases: names that are other names of tied parameters; never part of `state()`.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockModule],
+        optimizer: OptimizerFactory,
+        *,
+        device: torch.device,
+        criterion: Criterion | None = None,
+        first: bool = True,
+        window: int = 1,
+        borrowed: dict[str, str] | None = None,
+        aliases: frozenset[str] = frozenset(),
+        options: StageOptions | None = None,
+    ) -> None:
+        self.options = options or StageOptions()
+        self.device, self.criterion, self.first = device, criterion, first
+        self.blocks = [_prepared(block, self.options) for block in blocks]
+        self.modules = [(block.prefix, block.module) for block in self.blocks]
+        self.borrowed = _borrow(self.modules, borrowed or {})
+        self._aliases = aliases | frozenset(borrowed or {})
+        self.weights = Weights(self.modules, exclude=frozenset(borrowed or {}))
+        self._groups = _decay_groups(self.weights, self.options.decay_norm_and_bias)
+        leaves = self.weights.newest.leaves
+        self._optimizer = optimizer([group | {"params": [leaves[i] for i in group["slots"]]} for group in self._groups])
+        self._optimizer_state: list[dict[str, Any]] = [{} for _ in leaves]
+        self._leaves_of: dict[int, list[list[nn.Parameter]]] = {}
+        self._adopt(self.weights.newest)
+        self._recompute = self.options.recompute and window > 1
+        self._in_flight: dict[int, _InFlight] = {}
+        self._sums = _Sums()
+        scale = self.options.loss_scale if self.options.amp is torch.float16 else 1.0
+        self.scaler = LossScaler(scale=scale, growth_interval=self.options.loss_scale_growth)
+        self._deferred = _deferred(self.modules)
+        self._statistics = _Statistics(self.modules) if self._recompute else None
+        self.updates = 0
+        self.skipped_updates = 0
+        self._steps = self._compiled()
+
+    def _compiled(self) -> list[tuple[int | None, Callable[..., Any]]]:
+        """The blocks as callables, each with its number if it has to be seeded."""
+        wrap = _compiler(self.options.compile_backend) if self.options.compile else (lambda module: module)
+        return [(block.index if block.random else None, wrap(block.module)) for block in self.blocks]
+
+    # --- training
+
+    def forward(self, microbatch: int, inputs: Tensors, targets: Tensors = (), counts: Any = None) -> Tensors:
+        """Outputs for the next stage, detached; on the last stage the loss, (1,) tensor of shape ().
+
+        Floating inputs of all stages but the first get gradients.
+        """
+        inputs = tuple(self._placed(tensor) for tensor in inputs)
+        if not self.first:
+            inputs = tuple(_leaf(tensor) for tensor in inputs)
+        entry = _InFlight(inputs, (), self.weights.hold(), targets, counts)
+        self._in_flight[microbatch] = entry
+        if self._recompute:
+            with torch.no_grad():
+                return self._compute(microbatch, entry)
+        entry.outputs = self._compute(microbatch, entry)
+        return tuple(output.detach() for output in entry.outputs)
+
+    def backward(self, microbatch: int, gradients: Tensors = ()) -> Tensors:
+        """Gradients of the floating inputs, given those of the floating outputs (none on the last stage)."""
+        entry = self._in_flight.pop(microbatch)
+        if self._recompute:
+            self._forward_again(microbatch, entry)
+        outputs, given = self._roots(entry, gradients)
+        self.weights.lend_gradients(entry.version)
+        for loan in self.borrowed:
+            loan.leaf.grad = loan.gradient
+        torch.autograd.backward(outputs, given)
+        for loan in self.borrowed:
+            loan.gradient, loan.leaf.grad = loan.leaf.grad, None
+        self.weights.collect_gradients(entry.version)
+        self.weights.release(entry.version)
+        if self.first:
+            return ()
+        return tuple(_gradient_of(tensor) for tensor in entry.inputs if tensor.requires_grad)
+
+    def _roots(self, entry: _InFlight, gradients: Tensors) -> tuple[list[Tensor], list[Tensor | None]]:
+        if self.criterion is not None:
+            scale = self.scaler.scale
+            return [entry.outputs[0] if scale == 1.0 else entry.outputs[0] * scale], [None]
+        floating = [tensor for tensor in entry.outputs if tensor.is_floating_point()]
+        pairs = [(out, grad) for out, grad in zip(floating, gradients, strict=True) if out.requires_grad]
+        return [out for out, _ in pairs], [grad for _, grad in pairs]
+
+    def _forward_again(self, microbatch: int, entry: _InFlight) -> None:
+        """Recomputes with the weights and random numbers of the first time; statistics are not counted twice."""
+        assert self._statistics is not None
+        self._statistics.keep()
+        sums, self._sums = self._sums, _Sums()
+        with self.weights.installed(entry.version):
+            entry.outputs = self._compute(microbatch, entry)
+        self._sums = sums
+        self._statistics.restore()
+
+    def _compute(self, microbatch: int, entry: _InFlight) -> Tensors:
+        with self._autocast():
+            outputs = self._chain(entry.inputs, microbatch)
+            if self.criterion is None:
+                return outputs
+            loss, sums = self.criterion(outputs, entry.targets, entry.counts)
+        self._sums.add(sums)
+        return (loss,)
+
+    def _chain(self, tensors: Tensors, microbatch: int | None) -> Tensors:
+        result: Any = tensors
+        for index, module in self._steps:
+            if index is None or microbatch is None:
+                result = module(*result)
+            else:
+                with seeded(mix(self.options.seed, self.options.pipeline, microbatch, index), self.device):
+                    result = module(*result)
+            if not isinstance(result, tuple):
+                result = (result,)
+        return result  # type: ignore[no-any-return]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.options.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.options.amp)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        if self.first and self.options.channels_last and tensor.dim() == 4:
+            return tensor.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)
+
+    # --- updates
+
+    def gradient_norm_squared(self) -> Tensor:
+        """Sum of squares of the accumulated gradients of the parameters this stage owns, unscaled: () float64."""
+        gradients = [gradient for gradient in self.weights.gradients if gradient is not None]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return (torch.nn.utils.get_total_norm(gradients).double() / self.scaler.scale).square()
+
+    def apply_norm(self, squared: float) -> bool:
+        """Unscales and clips by the norm of the whole gradient; False if the update must be skipped (overflow)."""
+        finite = squared == squared and squared != float("inf")
+        factor = 1.0 / self.scaler.scale
+        if finite and self.options.max_norm is not None:
+            factor *= min(1.0, self.options.max_norm / (squared**0.5 + 1e-6))
+        if self.options.amp is torch.float16:
+            self.scaler.update(finite)
+        if not finite and self.options.amp is torch.float16:
+            self.weights.forget_gradients()
+            self.skipped_updates += 1
+            self._commit()
+            return False
+        if factor != 1.0:
+            torch._foreach_mul_([gradient for gradient in self.weights.gradients if gradient is not None], factor)
+        return True
+
+    def update(self, learning_rate: float) -> None:
+        """One step of the optimiser on the newest weights; forgets the gradients."""
+        weights = self.weights
+        if weights.make_writable():
+            self._follow_newest()
+        leaves = weights.newest.leaves
+        for leaf, gradient in zip(leaves, weights.gradients, strict=True):
+            leaf.grad = gradient
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        for leaf in leaves:
+            leaf.grad = None
+        weights.forget_gradients()
+        self._commit()
+        self.updates += 1
+
+    def _commit(self) -> None:
+        for norm in self._deferred:
+            norm.commit()
+
+    def _follow_newest(self) -> None:
+        """Points the optimiser at the leaves of the newest version; its state is common to all versions."""
+        version = self.weights.newest
+        groups = self._leaves_of.get(id(version)) or self._adopt(version)
+        for group, leaves in zip(self._optimizer.param_groups, groups, strict=True):
+            group["params"] = leaves
+
+    def _adopt(self, version: Version) -> list[list[nn.Parameter]]:
+        """Gives the leaves of a version that is new to the optimiser the one state there is per parameter."""
+        for leaf, state in zip(version.leaves, self._optimizer_state, strict=True):
+            self._optimizer.state[leaf] = state
+        groups = [[version.leaves[index] for index in group["slots"]] for group in self._groups]
+        self._leaves_of[id(version)] = groups
+        return groups
+
+    # --- evaluation and state
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensors, targets: Tensors = ()) -> Tensors:
+        """Forward with the newest weights and running statistics; the last stage adds to its sums."""
+        with self._autocast():
+            outputs = self._chain(tuple(self._placed(tensor) for tensor in inputs), None)
+            if self.criterion is None:
+                return outputs
+            _, sums = self.criterion(outputs, targets, self.criterion.count(targets))
+        self._sums.add(sums)
+        return ()
+
+    def train(self, training: bool) -> None:
+        for _, module in self.modules:
+            module.train(training)
+
+    def add_gradient(self, slot: int, gradient: Tensor) -> None:
+        """Adds the gradient that a borrower of parameter `slot` computed."""
+        self.weights.add_gradient(slot, gradient)
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """The criterion's sums since the last call, still on the device; {} where there is no criterion."""
+        return self._sums.take()
+
+    def restore_sums(self, sums: dict[str, Tensor]) -> None:
+        """Goes on from sums taken earlier (an evaluation came in between)."""
+        self._sums.values = sums
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers as 'model.NAME', optimiser state as 'optim.NAME.KEY'; views of the live tensors."""
+        tensors = self.model_state()
+        for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True):
+            for key, value in self._optimizer.state.get(leaf, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optim.{slot.name}.{key}"] = value
+        return tensors
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers under 'model.' and the unsplit model's names; views of the live tensors."""
+        return {
+            f"model.{prefix}{name}": tensor
+            for prefix, module in self.modules
+            for name, tensor in module.state_dict().items()
+            if prefix + name not in self._aliases
+        }
+
+    def borrowed_state(self) -> dict[str, Tensor]:
+        """Where to put a borrowed parameter when weights are loaded: 'model.' + its owner's name."""
+        return {f"model.{loan.owner_name}": loan.leaf.detach() for loan in self.borrowed}
+
+    def empty_optimizer_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Memory for the optimiser state of this stage's parameters that a checkpoint of these tensors has."""
+        memory = {}
+        for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True):
+            for name, shape in shapes.items():
+                if name.startswith(f"optim.{slot.name}.") and "." not in name[len(f"optim.{slot.name}.") :]:
+                    like = leaf.detach() if shape == slot.shape else torch.zeros(shape)
+                    memory[name] = torch.zeros_like(like)
+        return memory
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
+        """Puts 'optim.NAME.KEY' tensors where the optimiser will look for them."""
+        leaves = {slot.name: leaf for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True)}
+        for full, tensor in tensors.items():
+            name, _, key = full.removeprefix("optim.").rpartition(".")
+            self._optimizer.state[leaves[name]][key] = tensor
+
+
+def _prepared(block: BlockModule, options: StageOptions) -> BlockModule:
+    module = defer_batch_norm(block.module) if options.deferred_batchnorm else block.module
+    if options.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    return BlockModule(block.index, block.prefix, module, block.random)
+
+
+def _deferred(modules: Sequence[tuple[str, nn.Module]]) -> list[DeferredBatchNorm2d]:
+    return [part for _, module in modules for part in module.modules() if isinstance(part, DeferredBatchNorm2d)]
+
+
+def _compiler(backend: str) -> Callable[[nn.Module], Callable[..., Any]]:
+    """torch.compile for blocks. Each shape gets code of its own: blocks of one class would make each other dynamic.
+
+    Such blocks share one limit of variants, beyond which they would silently not be compiled, so it is raised.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_VARIANTS)
+    return partial(torch.compile, dynamic=False, backend=backend)
+
+
+def _borrow(modules: Iterable[tuple[str, nn.Module]], borrowed: dict[str, str]) -> list[Borrowed]:
+    loans: dict[str, Borrowed] = {}
+    for prefix, module in modules:
+        for path, child in module.named_modules():
+            for local, parameter in child._parameters.items():
+                name = f"{prefix}{path}.{local}" if path else f"{prefix}{local}"
+                if name in borrowed and parameter is not None:
+                    loans[name] = Borrowed(name, borrowed[name], [(child, local)], parameter)
+    return list(loans.values())
+
+
+def _decay_groups(weights: Weights, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
+    """Slot numbers per parameter group; the second group has no weight decay."""
+    if decay_norm_and_bias:
+        return [{"slots": list(range(len(weights.slots)))}]
+    flat = [index for index, slot in enumerate(weights.slots) if len(slot.shape) <= 1]
+    rest = [index for index, slot in enumerate(weights.slots) if len(slot.shape) > 1]
+    groups: list[dict[str, Any]] = [{"slots": rest}, {"slots": flat, "weight_decay": 0.0}]
+    return [group for group in groups if group["slots"]]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -1,0 +1,413 @@
+"""The training loop: puts model, data, schedule and transport of one rank together and runs them to the end.
+
+    settings ─► cut, schedule, calendar ─► stage + transport ─► run … validate … checkpoint … run ─► report
+
+The pipe runs from stop to stop of the calendar (`pipeline/calendar.py`); between two stops the executor is never
+interrupted, across epochs too. Every rank runs the same code; what it prints depends on who it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter, time
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import checkpoint, schedules
+from pipeline.assemble import make_stage, tie_of
+from pipeline.calendar import Calendar
+from pipeline.errors import UserError
+from pipeline.executor import Executor, Hooks, Tie
+from pipeline.feed import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
+from pipeline.gpu_clock import GpuClock, cuda_clock
+from pipeline.journal import Journal
+from pipeline.models.criterion import Criterion
+from pipeline.models.layered import LayeredModel
+from pipeline.optim import make_learning_rate, optimizer_of
+from pipeline.reduce import GradientReducer, NoReducer, Reducer
+from pipeline.report import RankReport, peak_memory_bytes
+from pipeline.schedules import Schedule, Shape, find_schedule
+from pipeline.settings import Settings, option
+from pipeline.simulate import validate
+from pipeline.stage import Stage, StageOptions
+from pipeline.supply import InputSupply, TargetSupply
+from pipeline.trace import Recorder, shift
+from pipeline.transport.protocol import Transport
+from pipeline.world import World
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Split(Protocol):
+    """What `datasets` gives to train or validate on: inputs and targets apart, so that a stage reads only its own."""
+
+    @property
+    def inputs(self) -> Samples: ...
+    @property
+    def targets(self) -> Samples: ...
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained on what: the model as blocks, its loss, and the data."""
+
+    model: LayeredModel
+    criterion: Criterion
+    train: Split
+    val: Split | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything that follows from the settings and is the same on every rank."""
+
+    settings: Settings
+    counts: tuple[int, ...]  # blocks per stage
+    schedule: Schedule
+    shape: Shape
+    calendar: Calendar
+    tie: Tie | None
+
+    @property
+    def microbatches(self) -> int:
+        return self.shape.microbatches
+
+
+def plan_run(
+    settings: Settings, task: Task, counts: tuple[int, ...], *, pipelines: int, say: Callable[[str], None]
+) -> RunPlan:
+    """Settles the run and proves, before anything is started, that its programs fit together.
+
+    Raises:
+        UserError: settings that contradict each other or the data.
+        DeadlockError: programs that would wait for each other for ever.
+    """
+    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0)
+    tie = tie_of(task.model, counts)
+    calendar = Calendar(
+        batches_per_epoch=data.batches_per_epoch,
+        epochs=settings.epochs,
+        accumulate=settings.accumulate,
+        max_updates=settings.max_steps,
+        validate_every=settings.validate_every if task.val is not None else 0,
+        checkpoint_every=settings.checkpoint_every if settings.checkpoint else None,
+    )
+    shape = Shape(
+        stages=len(counts),
+        microbatches=settings.num_microbatches,
+        accumulate=settings.accumulate,
+        batches_per_epoch=data.batches_per_epoch,
+        replicas=pipelines,
+        norm=settings.clip_grad_norm is not None or settings.amp == "fp16",
+        tie=(tie.owner, tie.borrower) if tie else None,
+    )
+    schedule = find_schedule(settings.pipeline)
+    validate(schedule, shape, calendar.total_batches * settings.num_microbatches)
+    if shape.norm and not schedule.flushes and shape.stages > 1:
+        say(f"--pipeline {schedule.name} agrees on a norm at every update: stages wait for each other")
+    return RunPlan(settings=settings, counts=counts, schedule=schedule, shape=shape, calendar=calendar, tie=tie)
+
+
+def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int) -> Plan:
+    """Which samples which pipeline sees when."""
+    return Plan(
+        size=size,
+        batch_size=settings.batch_size,
+        pipelines=pipelines,
+        pipeline=pipeline,
+        microbatches=settings.num_microbatches,
+        seed=settings.seed,
+    )
+
+
+class Trainer:
+    """One rank of a training run."""
+
+    def __init__(self, plan: RunPlan, task: Task, world: World, transport: Transport) -> None:
+        self.plan, self.task, self.world, self.transport = plan, task, world, transport
+        self.settings, self.calendar = plan.settings, plan.calendar
+        self.position, self.stages = world.stage, world.num_stages
+        self.recorder = Recorder(pipeline=world.pipeline, stage=self.position, steps=self.settings.trace_steps)
+        self.data = data_plan(self.settings, task.train.size, pipelines=world.num_pipelines, pipeline=world.pipeline)
+        self.stage = self._make_stage()
+        self.batches = 0  # that have gone through
+        self.reducer = self._make_reducer()
+        self.rate = make_learning_rate(self.settings, updates_per_epoch=self.calendar.updates_per_epoch)
+        self.clock = self._make_clock()
+        self.hooks = Hooks(
+            learning_rate=self.rate, updated=self._updated, record=self.recorder.record if self.clock is None else None
+        )
+        self._end_step = self.recorder.end_step if self.clock is None else self.clock.end_step
+        self.executor = Executor(
+            self.stage, transport, position=self.position, stages=self.stages,
+            hooks=self.hooks, reducer=self.reducer, tie=plan.tie, clock=self.clock,
+        )  # fmt: skip
+        self.journal = self._make_journal() if self.is_last else None
+        self.seconds = 0.0
+        self.samples = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.position == self.stages - 1
+
+    def _make_clock(self) -> GpuClock | None:
+        """On a GPU its own clock; elsewhere the host's will do."""
+        if self.world.device.type != "cuda":
+            return None
+        return cuda_clock(self.world.device, record=self.recorder.record, end_step=self.recorder.end_step)
+
+    def _make_stage(self) -> Stage:
+        settings, schedule = self.settings, self.plan.schedule
+        options = StageOptions(
+            seed=settings.seed,
+            pipeline=self.world.pipeline,
+            amp=AMP[settings.amp],
+            recompute=settings.recompute,
+            channels_last=settings.channels_last,
+            compile=settings.compile,
+            deferred_batchnorm=settings.batchnorm == "deferred",
+            decay_norm_and_bias=not settings.no_decay_norm_bias,
+            max_norm=settings.clip_grad_norm,
+        )
+        return make_stage(
+            self.task.model,
+            self.plan.counts,
+            self.position,
+            optimizer_of(settings),
+            seed=settings.seed,
+            criterion=self.task.criterion,
+            window=schedule.window(self.position, self.stages, self.plan.microbatches),
+            device=self.world.device,
+            options=options,
+        )
+
+    def _make_reducer(self) -> Reducer:
+        if self.world.num_pipelines == 1:
+            return NoReducer()
+        tie = self.plan.tie
+        return GradientReducer(
+            self.stage.weights,
+            self.world.replicas(),
+            late=frozenset({tie.owner_name}) if tie and tie.owner == self.position else frozenset(),
+            timeout_s=self.world.timeout_s,
+            description=f"stage {self.position} of the other pipelines",
+        )
+
+    def _make_journal(self) -> Journal:
+        return Journal(
+            self.settings,
+            self.calendar,
+            speaks=self.world.pipeline == 0,
+            pipelines=self.world.num_pipelines,
+            rate=self.rate,
+            sum_over_pipelines=self.world.sum_over_pipelines,
+            progress=self.world.progress,
+            busy_s=lambda: self.executor.busy_s,
+            device=str(self.world.device),
+            resumed=self.settings.resume is not None,
+        )
+
+    # --- running
+
+    def run(self) -> None:
+        """Trains from where it stands to the end of the calendar."""
+        self._supply_data()
+        if self.journal is not None:
+            self.journal.begin(self.batches)
+        while self.batches < self.calendar.total_batches:
+            self._run_to(self.calendar.next_stop(self.batches))
+            self._average_buffers()
+            started = perf_counter()
+            if self.calendar.validates(self.batches):
+                self._validate()
+            if self.calendar.checkpoints(self.batches):
+                self.save()
+            if self.journal is not None:
+                self.journal.paused(perf_counter() - started)
+
+    def _run_to(self, stop: int) -> None:
+        microbatches, started = self.plan.microbatches, perf_counter()
+        feed = range(self.batches * microbatches, stop * microbatches)
+        self.executor.run(schedules.program(self.plan.schedule, self.plan.shape, self.position, feed))
+        self.transport.flush()
+        if self.clock is not None:
+            self.clock.settle()
+        self.seconds += perf_counter() - started
+        self.samples += sum(self.data.batch_length(batch) for batch in range(self.batches, stop))
+        self.batches = stop
+
+    def _updated(self, microbatch: int) -> None:
+        """After every update, on every rank."""
+        self._end_step()
+        if self.journal is not None:
+            self.journal.updated(microbatch // self.plan.microbatches + 1, self.stage.take_sums())
+
+    def _supply_data(self) -> None:
+        start, stop = (n * self.plan.microbatches for n in (self.batches, self.calendar.total_batches))
+        if self.position == 0:
+            feed = self._feed(self.task.train.inputs, self.data, start, stop, self._workers())
+            self.hooks.inputs = InputSupply(iter(feed))
+        if self.is_last:
+            feed = self._feed(self.task.train.targets, self.data, start, stop, 0)
+            self.hooks.targets = TargetSupply(
+                iter(feed),
+                self.task.criterion,
+                ends_update=self._ends_update,
+                device=self.world.device,
+                shared=self._mean_over_pipelines if self.task.criterion.uneven else None,
+            )
+
+    def _workers(self) -> int:
+        """Processes that read inputs: as given, else two where files have to be decoded."""
+        if self.settings.workers is not None:
+            return self.settings.workers
+        return 2 if self.settings.dataset in ("imagenet", "imagefolder") else 0
+
+    def _mean_over_pipelines(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The mean of normalisers over the last stages, so that P batches of b weigh like one of P * b."""
+        if self.world.num_pipelines == 1:
+            return counts
+        flat = torch.stack(counts)
+        dist.all_reduce(flat, group=self.world.last_row())
+        return tuple(flat.div_(self.world.num_pipelines))
+
+    def _ends_update(self, microbatch: int) -> bool:
+        last = (self.calendar.total_batches * self.plan.microbatches) - 1
+        return microbatch == last or self.plan.shape.ends_update(microbatch)
+
+    def _feed(self, samples: Samples, plan: Microbatches, start: int, stop: int | None, workers: int) -> MicrobatchFeed:
+        return MicrobatchFeed(
+            samples,
+            plan,
+            start_microbatch=start,
+            stop_microbatch=stop,
+            workers=workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    # --- at the stops
+
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Running statistics of BatchNorm become the mean over the replicas, who have seen different samples."""
+        if self.world.num_pipelines == 1:
+            return
+        buffers = [b for _, module in self.stage.modules for b in module.buffers() if b.is_floating_point()]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.all_reduce(flat, group=self.world.replicas())
+        means = torch.split(flat.div_(self.world.num_pipelines), [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def _validate(self) -> None:
+        assert self.task.val is not None
+        plan = ValidationPlan(
+            size=self.task.val.size,
+            batch_size=self.settings.batch_size,
+            pipelines=self.world.num_pipelines,
+            pipeline=self.world.pipeline,
+        )
+        hooks = self._validation_hooks(plan)
+        training, self.executor.hooks = self.executor.hooks, hooks
+        sums = self.executor.evaluate(schedules.forward_only(self.position, self.stages, range(plan.count)))
+        self.transport.flush()
+        self.executor.hooks = training
+        if self.journal is not None:
+            self.journal.validated(self.batches, sums or dict.fromkeys(self.task.criterion.names, 0.0))
+
+    def _validation_hooks(self, plan: ValidationPlan) -> Hooks:
+        assert self.task.val is not None
+        hooks = Hooks()
+        if self.position == 0:
+            hooks.inputs = InputSupply(iter(self._feed(self.task.val.inputs, plan, 0, None, self._workers())))
+        if self.is_last:
+            targets = InputSupply(iter(self._feed(self.task.val.targets, plan, 0, None, 0)))
+            device = self.world.device
+            hooks.targets = lambda number: (tuple(t.to(device, non_blocking=True) for t in targets(number)), None)
+        return hooks
+
+    def save(self) -> None:
+        """Writes a checkpoint: the stages of pipeline 0, whose weights are those of every pipeline."""
+        journal = self.journal.state() if self.journal is not None else None
+        if self.world.pipeline != 0 or self.settings.checkpoint is None:
+            return
+        updates = self.calendar.updates_after(self.batches)
+        values = {
+            "batches": self.batches,
+            "updates": updates,
+            "scaler": [self.stage.scaler.scale, self.stage.scaler.good_steps],
+            "skipped": self.stage.skipped_updates,
+            "settings": self.settings.to_values(),
+            "data": self._data_values(),
+            "partition": list(self.plan.counts),
+            "journal": self.world.from_last_stage(journal),
+        }
+        checkpoint.save(
+            self.settings.checkpoint,
+            updates,
+            tensors=self.stage.state(),
+            values=values,
+            keep=self.settings.keep,
+            group=self.world.pipeline_group(),
+        )
+
+    def _data_values(self) -> dict[str, int]:
+        return {"samples": self.task.train.size, "pipelines": self.world.num_pipelines}
+
+    def resume(self, directory: str) -> None:
+        """Goes on from the newest checkpoint in `directory`, written with any number of stages.
+
+        Raises:
+            UserError: no checkpoint, one of another model, or of another division of the data.
+        """
+        folder = checkpoint.latest(directory)
+        values = checkpoint.read_values(folder)
+        self._check_same_data(values, str(folder))
+        optimizer = self.stage.empty_optimizer_state(checkpoint.read_shapes(folder))
+        checkpoint.load(folder, self.stage.model_state() | self.stage.borrowed_state() | optimizer)
+        self.stage.load_optimizer_state(optimizer)
+        self.stage.updates = values["updates"] - values["skipped"]
+        self.stage.skipped_updates = values["skipped"]
+        self.stage.scaler.scale, self.stage.scaler.good_steps = values["scaler"]
+        self.batches = values["batches"]
+        if self.journal is not None:
+            self.journal.restore(values["journal"])
+            self.journal.log.say(f"resumed from {folder} after {values['updates']} updates")
+
+    def _check_same_data(self, values: dict[str, Any], folder: str) -> None:
+        was, now = values["settings"], self.settings.to_values()
+        for name in ("model", "dataset", "batch_size", "microbatches", "accumulate", "seed"):
+            if was[name] != now[name]:
+                raise UserError(
+                    f"{folder} was written with {option(name)} {was[name]}, this run has {now[name]}, so that its "
+                    "position in the data would mean something else; give the same, or start afresh"
+                )
+        if values["data"] != self._data_values():
+            raise UserError(
+                f"{folder} was written over {values['data']}, this run has {self._data_values()}; give the same"
+            )
+
+    def report(self) -> RankReport:
+        """What this rank did, for the summary; spans on the clock of the day, which hosts share."""
+        return RankReport(
+            rank=self.world.rank,
+            host=self.world.host,
+            device=str(self.world.device),
+            pipeline=self.world.pipeline,
+            stage=self.position,
+            samples=self.samples,
+            seconds=self.seconds,
+            busy_s=self.executor.busy_s,
+            versions=self.stage.weights.versions,
+            peak_bytes=peak_memory_bytes(str(self.world.device)),
+            bytes_sent=self.transport.bytes_sent + self.reducer.bytes_sent,
+            spans=tuple(shift(self.recorder.spans(), time() - perf_counter())),
+        )

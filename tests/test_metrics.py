@@ -1,0 +1,192 @@
+"""Log lines to the letter, sums that wait, and the files they go to."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.metrics import (
+    JsonLines,
+    Rows,
+    RunLog,
+    TensorBoard,
+    Window,
+    add_sums,
+    bert_means,
+    bert_train_line,
+    eval_line,
+    io_line,
+    resnet_means,
+    resnet_train_line,
+    run_directory,
+    speed_line,
+    training_line,
+)
+
+
+def test_the_lines_are_the_references_to_the_letter() -> None:
+    assert training_line(100, 390) == "Training 100 epoch, each epoch runs 390 iteration"
+    resnet = resnet_train_line(3, {"loss": 1.23456, "acc": 0.5}, lr=0.01, seconds=12.34567)
+    assert resnet == "3 TRAIN loss 1.2346 acc 0.5000 lr 1.00e-02, time 12.3457"
+    assert eval_line(3, {"loss": 1.5, "acc": 0.98765}) == "3 EVAL  loss 1.5000 acc 0.9877"
+    bert = bert_train_line(0, {"loss": 10.5, "lm": 9.8, "ns": 0.7}, lr=1e-5, seconds=2.0)
+    assert bert == "0 TRAIN loss 10.5000  lm 9.8000e+00 ns 7.0000e-01 lr 1.0000e-05, time 2.0000"
+
+
+def test_the_speed_line_is_mxnets() -> None:
+    line = speed_line(0, 20, samples_per_s=1234.567, metric="accuracy", value=0.25)
+    assert line == "Epoch[0] Batch [20]\tSpeed: 1234.57 samples/sec\taccuracy=0.250000"
+    assert io_line(40, samples_per_s=99.0) == "Batch [40]\tSpeed: 99.00 samples/sec"
+
+
+def test_means_weigh_uneven_batches_by_their_samples() -> None:
+    window = Window()
+    window.add(loss=torch.tensor(10.0), correct=torch.tensor(6), samples=10)
+    window.add(loss=torch.tensor(0.0), correct=torch.tensor(2), samples=2)
+    means = resnet_means(window.take().sums())
+    assert means == {"loss": pytest.approx(10 / 12), "acc": pytest.approx(8 / 12)}
+
+
+def test_uneven_shards_are_added_before_they_are_divided() -> None:
+    shards = [{"loss": 30.0, "correct": 1.0, "samples": 3.0}, {"loss": 1.0, "correct": 1.0, "samples": 1.0}]
+    assert resnet_means(add_sums(*shards)) == {"loss": 31 / 4, "acc": 2 / 4}
+
+
+def test_berts_loss_is_the_mean_over_masked_words_plus_the_mean_over_pairs() -> None:
+    means = bert_means({"lm": 90.0, "masked": 10.0, "ns": 3.0, "samples": 4.0, "correct": 5.0})
+    assert means == {"loss": 9.75, "lm": 9.0, "ns": 0.75, "acc": 0.5}
+
+
+def test_means_of_nothing_are_not_a_number_rather_than_an_error() -> None:
+    assert all(math.isnan(value) for value in resnet_means({}).values())
+
+
+def test_a_window_reads_nothing_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, graph = Window(), torch.ones(1, requires_grad=True)
+    reads = []
+    monkeypatch.setattr(torch, "stack", lambda tensors, real=torch.stack: reads.append(len(tensors)) or real(tensors))
+    for _ in range(100):
+        window.add(loss=(graph * 2).sum(), samples=1)
+    assert reads == []
+    rows = window.take()
+    assert reads == [100] and rows.sums() == {"loss": 200.0, "samples": 100.0}
+    assert window.take().sums() == {}
+
+
+def test_a_window_nobody_takes_stays_small() -> None:
+    window = Window(limit=8)
+    for number in range(20):
+        window.add(loss=torch.tensor(float(number)), samples=1)
+    assert len(window._waiting["loss"]) == 4
+    assert window.take().columns["loss"] == [float(number) for number in range(20)]
+
+
+def test_a_window_takes_numbers_and_one_element_tensors_alike() -> None:
+    window = Window()
+    window.add(loss=1.5)
+    window.add(loss=torch.tensor([2.5], dtype=torch.bfloat16))
+    assert window.take().columns == {"loss": [1.5, 2.5]}
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict]] = []
+        self.closed = False
+
+    def write(self, event: str, values) -> None:
+        self.events.append((event, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def rows_of(*losses: float) -> Rows:
+    count = [2.0] * len(losses)
+    return Rows({"loss": [2 * loss for loss in losses], "correct": [1.0] * len(losses), "samples": count})
+
+
+def test_a_run_says_each_event_once_and_keeps_the_curve() -> None:
+    said: list[str] = []
+    kept = Kept()
+    log = RunLog("resnet", say=said.append, writers=(kept,))
+    log.go_on(10)
+    log.start(1, 4)
+    log.window(epoch=0, batch=4, update=14, rows=rows_of(4, 3, 2, 1), seconds=2.0, lr=0.1, bubble=0.25)
+    log.epoch(epoch=0, update=14, sums=rows_of(4, 3, 2, 1).sums(), lr=0.1, seconds=2.5)
+    log.validation(epoch=0, update=14, sums=rows_of(0.5).sums())
+    log.close()
+    assert said == [
+        "Training 1 epoch, each epoch runs 4 iteration",
+        "Epoch[0] Batch [4]\tSpeed: 4.00 samples/sec\taccuracy=0.500000",
+        "0 TRAIN loss 2.5000 acc 0.5000 lr 1.00e-01, time 2.5000",
+        "0 EVAL  loss 0.5000 acc 0.5000",
+    ]
+    assert log.curve == [(11, 4), (12, 3), (13, 2), (14, 1)] and log.validations == [(14, 0.5)]
+    assert [event for event, _ in kept.events] == ["start", "window", "train", "validation"] and kept.closed
+    window = kept.events[1][1]
+    assert (window["samples_per_s"], window["step_s"], window["bubble"]) == (4.0, 0.5, 0.25)
+
+
+def test_a_bert_run_has_its_own_lines() -> None:
+    said: list[str] = []
+    log = RunLog("bert", say=said.append)
+    sums = {"lm": 40.0, "masked": 10.0, "ns": 2.0, "samples": 4.0}
+    rows = Rows({name: [value] for name, value in sums.items()})
+    log.window(epoch=0, batch=1, update=1, rows=rows, seconds=1.0, lr=1e-4)
+    log.epoch(epoch=0, update=1, sums=sums, lr=1e-4, seconds=1.0)
+    assert said[0].endswith("\tloss=4.500000")
+    assert said[1] == "0 TRAIN loss 4.5000  lm 4.0000e+00 ns 5.0000e-01 lr 1.0000e-04, time 1.0000"
+
+
+def test_json_lines_are_readable_while_the_run_goes_on_and_hold_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    writer = JsonLines(path)
+    writer.write("window", {"loss": math.nan, "acc": 0.5, "update": 3})
+    assert json.loads(path.read_text()) == {"event": "window", "loss": None, "acc": 0.5, "update": 3}
+    writer.close()
+    JsonLines(path, append=True).write("train", {"loss": torch.tensor(1.0)})
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["window", "train"]
+    JsonLines(path)
+    assert path.read_text() == ""
+
+
+def test_a_metrics_file_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--metrics .*file/m.jsonl: cannot be written"):
+        JsonLines(tmp_path / "file" / "m.jsonl")
+
+
+def test_tensorboard_has_the_references_tags(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = run_directory(tmp_path, "mine", now=datetime(2024, 1, 2))
+    board = TensorBoard(directory)
+    log = RunLog("resnet", say=lambda line: None, writers=(board,))
+    log.window(epoch=7, batch=2, update=30, rows=rows_of(4, 2), seconds=1.0, lr=0.1, bubble=0.1, memory_bytes=5)
+    log.epoch(epoch=7, update=30, sums=rows_of(4, 2).sums(), lr=0.1, seconds=1.0)
+    log.validation(epoch=7, update=30, sums=rows_of(1).sums())
+    log.close()
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    scalars = {tag: (point.step, point.value) for tag in events.Tags()["scalars"] for point in events.Scalars(tag)}
+    assert scalars["Train/loss"] == (7, 3.0) and scalars["Validation/loss"] == (7, 1.0)
+    assert scalars["Train/acc"] == scalars["Validation/acc"] == (7, 0.5)
+    assert scalars["Performance/samples_per_s"] == (30, 4.0) and scalars["Performance/bubble"][0] == 30
+    assert {"Performance/step_s", "Performance/memory_bytes", "Performance/lr"} < set(scalars)
+
+
+def test_a_run_without_a_name_is_called_by_the_time() -> None:
+    assert run_directory("runs", "", now=datetime(2024, 1, 2, 3, 4, 5)) == Path("runs/2024-01-02_03-04-05")
+
+
+def test_tensorboard_is_imported_only_when_it_is_used() -> None:
+    code = "import sys, pipeline.metrics; print('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
