@@ -76,8 +76,11 @@ def test_replicas_without_a_pipeline_equal_one_process_with_the_double_batch(tmp
 @pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
 def test_transports_agree_bit_for_bit(tmp_path: Path, schedule: str) -> None:
     microbatches = 2 if schedule == "gpipe" else None
+    cut = {"partition": "3,3,2"}  # a measured cut may differ from run to run, and with it pipedream's stale weights
     for launcher in launchers():
-        heturun(tmp_path / launcher, "local_3x1", launcher=launcher, pipeline=schedule, microbatches=microbatches)
+        heturun(
+            tmp_path / launcher, "local_3x1", launcher=launcher, pipeline=schedule, microbatches=microbatches, **cut
+        )
     curves = [losses(tmp_path / launcher) for launcher in launchers()]
     assert all(curve == curves[0] for curve in curves) and len(curves[0]) == 12
 
