@@ -1,4 +1,4 @@
-"""The two kinds of failure that are told apart: the user's mistake, and a peer that went away."""
+"""The kinds of failure that are told apart: the user's mistake, a peer that went away, and what replicas survive."""
 
 from __future__ import annotations
 
@@ -9,3 +9,23 @@ class UserError(ValueError):
 
 class PeerLost(RuntimeError):
     """A peer did not answer before the deadline, or its connection broke: this process fails because another did."""
+
+
+class CoordinatorLost(PeerLost):
+    """The coordinator went away: nobody can form groups or hand out work any more."""
+
+
+class Fenced(RuntimeError):
+    """This pipeline was declared lost while it was silent: it copies a live replica's state and joins again."""
+
+
+class GroupBroken(RuntimeError):
+    """A member of a group was lost while the group averaged: the others keep their own weights."""
+
+    def __init__(self, pipeline: int) -> None:
+        super().__init__(f"pipeline {pipeline} was lost while its group averaged")
+        self.pipeline = pipeline
+
+
+class TooFewReplicas(RuntimeError):
+    """Fewer pipelines are left than --min-replicas asks for."""

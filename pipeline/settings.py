@@ -24,6 +24,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "optimizer": ("sgd", "adamw"),
         "lr_schedule": ("reference", "constant", "step", "poly", "cosine"),
         "backend": ("auto", "mpi", "gloo", "nccl"),
+        "adpsgd_matching": ("async", "sync"),
+        "initial_step_method": ("single_process", "multiple_processes"),
+        "sync_momentum": ("keep", "average", "reset"),
+        "outer": ("none", "slowmo", "diloco"),
+        "wait": ("adaptive", "reference"),
     }
 )
 
@@ -117,6 +122,32 @@ class Settings:
     lr_milestones: tuple[int, ...] | None = None  # in epochs
     lr_factor: float | None = None
 
+    # how the replicas are kept together; without any of the first three, by all-reduce of gradients
+    preduce: bool = False
+    adpsgd: bool = False
+    local_sgd: bool = False
+    adpsgd_matching: str = "async"
+    local_steps: int = 4
+    initial_steps: int = 0
+    initial_step_method: str = "single_process"
+    host_steps: int | None = None  # hierarchical local SGD: steps between averages inside a host
+    outer: str = "none"
+    outer_momentum: float | None = None
+    outer_learning_rate: float | None = None
+    sync_momentum: str = "keep"
+    sync_buffers: bool = False
+    overlap_sync: bool = False
+    max_group: int = 8
+    connect_within: int | None = None  # rounds; None = 10 per replica
+    wait: str = "adaptive"
+    consensus_every: int = 0  # updates
+
+    # uneven machines, real ones and simulated
+    heartbeat_timeout: float = 3.0  # seconds
+    min_replicas: int = 1
+    hetero: str | None = None
+    emulate: str | None = None
+
     # what it leaves behind
     checkpoint: str | None = None
     checkpoint_every: int = 0  # updates; 0 = at the end of epochs only
@@ -134,6 +165,7 @@ class Settings:
         _check_ranges(self)
         _check_schedule(self)
         _check_learning_rate(self)
+        _check_replicas(self)
         _check_files(self)
 
     @property
@@ -142,6 +174,18 @@ class Settings:
         if self.microbatches is not None:
             return self.microbatches
         return min(DEFAULT_MICROBATCHES, self.batch_size) if self.pipeline in FLUSHED else 1
+
+    @property
+    def synchroniser(self) -> str:
+        """What keeps the replicas together: "allreduce", "preduce", "adpsgd" or "local_sgd"."""
+        if self.adpsgd:
+            return "adpsgd"  # with --preduce too, as in the reference
+        return "preduce" if self.preduce else "local_sgd" if self.local_sgd else "allreduce"
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the job survives the loss of a pipeline: with every synchroniser but all-reduce."""
+        return self.synchroniser != "allreduce"
 
     @property
     def resume_directory(self) -> str | None:
@@ -209,16 +253,39 @@ _FROM_ONE = (
     "accumulate",
     "keep",
     "disp_batches",
+    "local_steps",
+    "host_steps",
+    "connect_within",
+    "min_replicas",
 )
-_FROM_ZERO = ("workers", "validate_every", "checkpoint_every", "momentum", "weight_decay", "warmup_epochs")
+_FROM_ZERO = (
+    "workers",
+    "validate_every",
+    "checkpoint_every",
+    "momentum",
+    "weight_decay",
+    "warmup_epochs",
+    "initial_steps",
+    "consensus_every",
+    "outer_momentum",
+)
 _AT_LEAST: Mapping[str, float] = MappingProxyType(
     {
         **dict.fromkeys((*_FROM_ONE, "trace_steps"), 1),
         **dict.fromkeys((*_FROM_ZERO, "warmup_steps", "seed"), 0),
         "sequence_length": 8,
+        "max_group": 2,
     }
 )
-_ABOVE_ZERO = ("learning_rate", "lr_factor", "clip_grad_norm", "timeout", "bandwidth")
+_ABOVE_ZERO = (
+    "learning_rate",
+    "lr_factor",
+    "clip_grad_norm",
+    "timeout",
+    "bandwidth",
+    "heartbeat_timeout",
+    "outer_learning_rate",
+)
 
 
 def _check_choices(settings: Settings) -> None:
@@ -278,6 +345,51 @@ def _check_learning_rate(settings: Settings) -> None:
     if not milestones or milestones[0] < 1 or any(b <= a for a, b in pairwise(milestones)):
         text = ",".join(map(str, milestones))
         raise UserError(f"--lr-milestones {text}: expected increasing epochs from 1 on, as in 30,60,90")
+
+
+_OF_SYNCHRONISERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "adpsgd_matching": ("adpsgd",),
+        "local_steps": ("local_sgd",),
+        "initial_steps": ("local_sgd",),
+        "initial_step_method": ("local_sgd",),
+        "host_steps": ("local_sgd",),
+        "outer": ("local_sgd",),
+        "overlap_sync": ("preduce",),
+        "max_group": ("preduce",),
+        "connect_within": ("preduce",),
+        "wait": ("preduce",),
+        "sync_momentum": ("preduce", "adpsgd", "local_sgd"),
+        "sync_buffers": ("preduce", "adpsgd", "local_sgd"),
+        "consensus_every": ("preduce", "adpsgd", "local_sgd"),
+        "min_replicas": ("preduce", "adpsgd", "local_sgd"),
+    }
+)
+
+
+def _check_replicas(settings: Settings) -> None:
+    """Options of a synchroniser that was not chosen would silently do nothing."""
+    if settings.local_sgd and (settings.preduce or settings.adpsgd):
+        raise UserError(f"--local-sgd and {'--adpsgd' if settings.adpsgd else '--preduce'} were both given; give one")
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for name, owners in _OF_SYNCHRONISERS.items():
+        if getattr(settings, name) != defaults[name] and settings.synchroniser not in owners:
+            raise UserError(f"{option(name)} needs {' or '.join(option(owner) for owner in owners)}")
+    if settings.sync_momentum != "keep" and settings.adpsgd and settings.adpsgd_matching == "async":
+        raise UserError("--sync-momentum with --adpsgd: averaging happens at any time; add --adpsgd-matching sync")
+    if settings.outer == "none":
+        for name in ("outer_momentum", "outer_learning_rate"):
+            if getattr(settings, name) is not None:
+                raise UserError(f"{option(name)} needs --outer slowmo or --outer diloco")
+    if settings.host_steps is not None and settings.local_steps % settings.host_steps:
+        raise UserError(
+            f"--host-steps {settings.host_steps} with --local-steps {settings.local_steps}: "
+            "averages across hosts come after a whole number of averages inside them; give a divisor"
+        )
+    if settings.elastic and settings.amp == "fp16":
+        raise UserError(
+            f"--amp fp16 with {option(settings.synchroniser)}: replicas would scale their losses differently; use bf16"
+        )
 
 
 def _check_files(settings: Settings) -> None:
