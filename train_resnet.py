@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 from pipeline.cli import parse_resnet
+from pipeline.emulated_task import make_emulated
 from pipeline.job import deadline, say_on_rank_zero, train, use_threads
 from pipeline.models import make_model
 from pipeline.models.criterion import Classification
@@ -26,6 +27,10 @@ def main() -> None:
     with report_failures():
         world = join_world(settings.placement, timeout_s=deadline(settings), directory=Path(__file__).parent)
         use_threads(world)
+        if settings.emulate:
+            task = make_emulated(settings, stages=world.num_stages, pipelines=world.num_pipelines)
+            train(settings, task, world)
+            return
 
         splits = datasets.load(
             settings.dataset,

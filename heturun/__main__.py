@@ -38,15 +38,29 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("-c", "--config", type=Path, metavar="FILE.yml", help="cluster file: its hosts and their workers")
     add("-w", "--workers", type=int, metavar="N", help="without -c: N workers on this machine")
-    add("-s", "--servers", type=int, metavar="N", help="with -w: N servers on this machine (all-reduce needs none)")
+    add(
+        "-s",
+        "--servers",
+        type=int,
+        metavar="N",
+        help="with -w: N servers on this machine (one is used, as coordinator)",
+    )
     add("-i", "--identity", "--identify", type=Path, metavar="KEYFILE", help="ssh key for the other hosts")
     add("--dry-run", action="store_true", help="print what would run where, and start nothing")
     add(
         "--launcher",
-        choices=("auto", "mpi", "local", "ssh"),
+        choices=("auto", "mpi", "local", "ssh", "threads"),
         default="auto",
         help="mpi: mpirun, one MPI world per pipeline; local: plain processes here; ssh: also over ssh; "
-        "auto (default): mpi where an Open MPI is found, else local or ssh",
+        "threads: one process here for all workers; auto (default): mpi where an Open MPI is found, else local or ssh",
+    )
+    add("--min-replicas", type=int, metavar="N", help="elastic jobs: fewer than N pipelines are an error (default: 1)")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="elastic jobs: start a lost pipeline again, N times each",
     )
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set a variable, or pass it on; repeatable")
     add(
@@ -57,19 +71,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs heturun; exit status 0, the first failing rank's, 2 for a wrong command line or file, or 128 + signal."""
+def main(argv: Sequence[str] | None = None, *, coordinator: Sequence[str] | None = None) -> int:
+    """Runs heturun; exit status 0, the first failing rank's, 2 for a wrong command line or file, or 128 + signal.
+
+    `coordinator`: the command of the coordinator, if it is to be another one.
+    """
     options = parser().parse_args(argv)
     try:
-        return _run(options)
+        return _run(options, coordinator)
     except UserError as error:
         print(f"heturun: {error}", file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
     _check(options)
-    plan = _plan(options, [word for i, word in enumerate(options.command) if i or word != "--"])
+    plan = _plan(options, [word for i, word in enumerate(options.command) if i or word != "--"], coordinator)
     if options.dry_run:
         from heturun.dryrun import table
 
@@ -85,17 +102,19 @@ def _run(options: argparse.Namespace) -> int:
         identity=options.identity,
         timeout_s=options.timeout,
         log_dir=options.log_dir,
+        min_replicas=options.min_replicas,
+        max_restarts=options.max_restarts,
     )
 
 
-def _plan(options: argparse.Namespace, command: list[str]) -> Plan:
+def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence[str] | None) -> Plan:
     from heturun import hosts, plan
 
-    cluster = _cluster(options)
+    cluster, own_names = _cluster(options), hosts.own_names()
     directory = _working_directory()
     layout = plan.layout_of(command, directory=Path(directory))
     if layout is not None:
-        layout = plan.on_cluster(layout, cluster, own_names=hosts.own_names())
+        layout = plan.on_cluster(layout, cluster, own_names=own_names)
     env = plan.common_environment(
         os.environ,
         cluster=cluster,
@@ -103,7 +122,26 @@ def _plan(options: argparse.Namespace, command: list[str]) -> Plan:
         timeout_s=options.timeout,
         own_bin=os.path.dirname(sys.executable),
     )
-    return plan.plan_job(cluster, layout, command, directory=directory, env=env)
+    made = plan.plan_job(
+        cluster,
+        layout,
+        command,
+        directory=directory,
+        env=env,
+        launching_host=next((node.host for node in cluster.nodes if node.host in own_names), hosts.LOCAL),
+        coordinator=coordinator or plan.COORDINATOR,
+    )
+    _check_pipelines(options, len(made.pipelines()))
+    return _as_threads(made) if options.launcher == "threads" else made
+
+
+def _as_threads(made: Plan) -> Plan:
+    from heturun import hosts, plan
+
+    far = [node.host for node in made.nodes if not hosts.is_here(node.host, node.address)]
+    if far:
+        raise UserError(f"--launcher threads: {far[0]} is another machine; use -w N, or another launcher")
+    return plan.as_threads(made)
 
 
 def _working_directory() -> str:
@@ -137,6 +175,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"-i {options.identity}: no such file; give the private key, e.g. ~/.ssh/id_ed25519")
     if options.command in ([], ["--"]):
         raise UserError("nothing to run; put the command after the options, e.g. python3 train_resnet.py")
+
+
+def _check_pipelines(options: argparse.Namespace, pipelines: int) -> None:
+    if options.min_replicas is not None and not 1 <= options.min_replicas <= pipelines:
+        raise UserError(f"--min-replicas {options.min_replicas}: expected 1 to {pipelines}, the pipelines of this job")
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts {options.max_restarts}: expected 0 or more")
 
 
 def _given_environment(given: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:

@@ -49,6 +49,7 @@ class Order(NamedTuple):
     """End the processes: "stop" or "kill" from the launcher, "lost" launcher, "signal" from whoever started us."""
 
     what: str
+    ranks: frozenset[int] | None = None  # None: all
 
 
 class Child:
@@ -57,6 +58,7 @@ class Child:
     def __init__(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         self.rank, self.process = rank, process
         self.killed = False
+        self.kill_at: float | None = None
 
     def signal(self, number: int) -> None:
         """Signals the whole group, even after its leader ended."""
@@ -73,7 +75,6 @@ class Agent:
         self.events: SimpleQueue[Ended | Order] = SimpleQueue()
         self.children: dict[int, Child] = {}
         self.open: set[int] = set()  # ranks whose last word is not yet sent
-        self.kill_at: float | None = None
         self.connected = True
 
     def run(self, start: wire.Message) -> None:
@@ -95,16 +96,17 @@ class Agent:
         listener.join(FAREWELL_S)  # leaving with something unread would cut off what was just sent
 
     def _next_event(self) -> Ended | Order:
-        while True:
-            wait_s = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
-            try:
-                return self.events.get(timeout=wait_s)
-            except Empty:
-                return Order("kill")
+        """What happened, or that the time of some processes is up."""
+        ends = {rank: child.kill_at for rank, child in self._living().items() if child.kill_at is not None}
+        first = min(ends.values(), default=None)
+        try:
+            return self.events.get(timeout=None if first is None else max(0.0, first - time.monotonic()))
+        except Empty:
+            return Order("kill", frozenset(rank for rank, end in ends.items() if end == first))
 
     def _handle(self, event: Ended | Order) -> None:
         if isinstance(event, Order):
-            self._end(event.what)
+            self._end(event)
         elif event.status is None:
             self.open.discard(event.rank)
             self._tell({"type": "closed", "rank": event.rank})
@@ -113,17 +115,22 @@ class Agent:
             killed = self.children[event.rank].killed
             self._tell({"type": "exit", "rank": event.rank, "status": status, "killed": killed})
 
-    def _end(self, what: str) -> None:
+    def _living(self) -> dict[int, Child]:
+        """The processes that were started and are not through."""
+        return {rank: child for rank, child in self.children.items() if rank in self.open}
+
+    def _end(self, order: Order) -> None:
         """SIGTERM first, SIGKILL for whoever is still there later."""
-        if what == "lost":
+        if order.what == "lost":
             self.connected = False
-        if what == "signal":
+        if order.what == "signal":
             self._wait_for_last_words()
-        for child in self.children.values():
-            child.killed = child.killed or child.process.poll() is None
-            child.signal(signal.SIGKILL if what == "kill" else signal.SIGTERM)
-        grace_s = MPIRUN_GRACE_S if what == "signal" else GRACE_S
-        self.kill_at = None if what == "kill" else time.monotonic() + grace_s
+        grace_s = MPIRUN_GRACE_S if order.what == "signal" else GRACE_S
+        for rank, child in self._living().items():
+            if order.ranks is None or rank in order.ranks:
+                child.killed = child.killed or child.process.poll() is None
+                child.signal(signal.SIGKILL if order.what == "kill" else signal.SIGTERM)
+                child.kill_at = None if order.what == "kill" else time.monotonic() + grace_s
 
     def _wait_for_last_words(self) -> None:
         deadline = time.monotonic() + LAST_WORDS_S
@@ -187,7 +194,8 @@ class Agent:
 
     def _obey(self) -> None:
         while (message := self.channel.receive()) is not None:
-            self.events.put(Order(str(message["type"])))
+            ranks = message.get("ranks")
+            self.events.put(Order(str(message["type"]), None if ranks is None else frozenset(ranks)))
         self.events.put(Order("lost"))
 
 
@@ -281,6 +289,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m heturun.agent", description=__doc__)
     parser.add_argument("--connect", required=True, help="address of the launcher")
     parser.add_argument("--ranks", required=True, help="ranks to run here, e.g. 0,3")
+    parser.add_argument("--incarnation", type=int, default=0, help="how often they were started again")
     parser.add_argument("--key-on-stdin", action="store_true", help="read the job's key from stdin, not HETURUN_KEY")
     return parser.parse_args(argv)
 
@@ -303,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: agent.events.put(Order("signal")))
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # mpirun or the ssh session may end without a word
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    channel.send({"type": "agent", "ranks": [int(rank) for rank in options.ranks.split(",")]})
+    ranks = [int(rank) for rank in options.ranks.split(",")]
+    channel.send({"type": "agent", "ranks": ranks, "incarnation": options.incarnation})
     start = channel.receive()
     if start is None or start["type"] != "start":
         return 1  # the launcher ended, or stops, before this agent had begun

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from heturun.outcome import Output, Progress
-from heturun.plan import Process
+from heturun.plan import Coordinator, Process
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +31,24 @@ class Console:
 
     def __init__(self, processes: Sequence[Process], log_dir: Path | None) -> None:
         self._lock = threading.Lock()
-        self._prefixes = {process.rank: f"[{process.where}] " for process in processes}
-        self._tails: dict[int, deque[str]] = {process.rank: deque(maxlen=TAIL_LINES) for process in processes}
-        self._logs = _open_logs(processes, log_dir)
+        self._prefixes: dict[int, str] = {}
+        self._tails: dict[int, deque[str]] = {}
+        self._logs: dict[int, IO[str]] = {}
+        self._log_dir = log_dir
         self._bars: Bars | None = None
         self._tasks: dict[int, TaskID] = {}
         self._plain_at = time.monotonic()
         self.broken = False
+        self.add(*processes)
+
+    def add(self, *processes: Process | Coordinator) -> None:
+        """Expects the output of these processes, too."""
+        with self._lock:
+            for process in processes:
+                self._prefixes[process.rank] = f"[{process.where}] "
+                self._tails[process.rank] = deque(maxlen=TAIL_LINES)
+            if self._log_dir is not None:
+                self._logs.update(_open_logs(processes, self._log_dir))
 
     def output(self, event: Output) -> None:
         """Prints and keeps lines of a rank."""
@@ -115,13 +126,13 @@ class Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
 
 
-def log_name(process: Process) -> str:
+def log_name(process: Process | Coordinator) -> str:
+    if isinstance(process, Coordinator):
+        return f"coordinator-{process.host}.log"
     return f"rank{process.rank}-{process.host}-stage{process.stage}-pipeline{process.pipeline}.log"
 
 
-def _open_logs(processes: Sequence[Process], log_dir: Path | None) -> dict[int, IO[str]]:
-    if log_dir is None:
-        return {}
+def _open_logs(processes: Sequence[Process | Coordinator], log_dir: Path) -> dict[int, IO[str]]:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         return {process.rank: (log_dir / log_name(process)).open("w", encoding="utf-8") for process in processes}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from heturun import wire
@@ -28,18 +29,28 @@ class Control:
         address: the launcher, "host:port".
         key: the job's secret, in hexadecimal digits.
         rank: who this process is.
+        on_push: is called with every message that nobody asked for, on a thread of this object's own.
+        incarnation: how often this process's pipeline had been started again.
 
     Raises:
         ConnectionError: nobody answers there, or not with this job's key.
     """
 
-    def __init__(self, address: str, key: str, rank: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        key: str,
+        rank: int,
+        *,
+        on_push: Callable[[wire.Message], None] | None = None,
+        incarnation: int = 0,
+    ) -> None:
         try:
             self._channel = wire.connect(address, bytes.fromhex(key), timeout_s=CONNECT_S)
-            self._channel.send({"type": "process", "rank": rank})
+            self._channel.send({"type": "process", "rank": rank, "incarnation": incarnation})
         except OSError as error:
             raise ConnectionError(f"rank {rank} cannot reach the launcher at {address}: {error}") from error
-        self._rank = rank
+        self._rank, self.on_push = rank, on_push
         self._lock = threading.Lock()
         self._answers: dict[int, SimpleQueue[wire.Message | None]] = {}  # None: the launcher is gone
         self._asked = 0
@@ -48,12 +59,17 @@ class Control:
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     @classmethod
-    def from_environment(cls) -> Control | None:
+    def from_environment(cls, *, on_push: Callable[[wire.Message], None] | None = None) -> Control | None:
         """The launcher that HETURUN_CONTROL names; None when heturun did not start this process."""
         address = os.environ.get("HETURUN_CONTROL")
         if not address:
             return None
-        return cls(address, os.environ["HETURUN_KEY"], int(os.environ["RANK"]))
+        key, rank, again = (
+            os.environ["HETURUN_KEY"],
+            int(os.environ["RANK"]),
+            os.environ.get("HETURUN_INCARNATION", "0"),
+        )
+        return cls(address, key, rank, on_push=on_push, incarnation=int(again))
 
     def publish(self, key: str, value: str) -> None:
         """Lets every process of the job look `key` up."""
@@ -77,6 +93,18 @@ class Control:
             return
         self._progress_at = now
         self._send({"type": "progress", "done": done, "total": total, "text": text})
+
+    def elastic(self, min_replicas: int) -> None:
+        """Says that from now on the job survives the loss of a pipeline, as long as `min_replicas` of them are left.
+
+        Returns when the launcher has noted it; the first process to say so decides.
+        """
+        try:
+            self._ask({"type": "elastic", "min_replicas": min_replicas}, NOTED_S)
+        except Empty:
+            raise ConnectionError(
+                f"the launcher did not confirm within {NOTED_S:g} s that the job is elastic"
+            ) from None
 
     def failed(self, message: str, *, secondary: bool) -> None:
         """Says why this process is about to end; `secondary`: only because another one went away.
@@ -118,12 +146,21 @@ class Control:
 
     def _listen(self) -> None:
         """Hands every answer to whoever asked, and the end of the connection to all who wait."""
-        while (message := self._channel.receive()) is not None:
+        try:
+            while (message := self._channel.receive()) is not None:
+                self._hand_over(message)
+        finally:
             with self._lock:
-                waiting = self._answers.get(int(message["number"]))
-            if waiting is not None:  # else it came after its deadline
-                waiting.put(message)
+                self._gone = True
+                for waiting in self._answers.values():
+                    waiting.put(None)
+
+    def _hand_over(self, message: wire.Message) -> None:
+        if "number" not in message:
+            if self.on_push is not None:
+                self.on_push(message)
+            return
         with self._lock:
-            self._gone = True
-            for waiting in self._answers.values():
-                waiting.put(None)
+            waiting = self._answers.get(int(message["number"]))
+        if waiting is not None:  # else it came after its deadline
+            waiting.put(message)

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from heturun import wire
-from heturun.outcome import Closed, Event, Exited, Failed, Lost, Output, Progress, Started
+from heturun.outcome import (
+    Closed,
+    Elastic,
+    Event,
+    Exited,
+    Failed,
+    Lost,
+    Output,
+    Progress,
+    Published,
+    Started,
+    Wanted,
+)
 
 
 class Board:
@@ -29,14 +41,38 @@ class Board:
         for answer in waiting:
             answer(value)
 
-    def lookup(self, key: str, answer: Callable[[str], None]) -> None:
-        """Calls `answer` with the value: now, or when it is published."""
+    def lookup(self, key: str, answer: Callable[[str], None]) -> bool:
+        """Calls `answer` with the value: now, or when it is published; whether it was there."""
         with self._lock:
             if key not in self._values:
                 self._waiting.setdefault(key, []).append(answer)
-                return
+                return False
             value = self._values[key]
         answer(value)
+        return True
+
+
+class Mail:
+    """Messages for processes, by rank; those for one that is not connected wait until it is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._channels: dict[int, wire.Channel] = {}
+        self._waiting: dict[int, list[wire.Message]] = {}
+
+    def connected(self, rank: int, channel: wire.Channel) -> None:
+        """From now on `channel` leads to the process; of several connections the latest counts."""
+        with self._lock:
+            self._channels[rank] = channel
+            for message in self._waiting.pop(rank, []):
+                _send(channel, message)
+
+    def send(self, rank: int, message: wire.Message) -> None:
+        with self._lock:
+            if rank in self._channels:
+                _send(self._channels[rank], message)
+            else:
+                self._waiting.setdefault(rank, []).append(message)
 
 
 class Hub:
@@ -45,7 +81,7 @@ class Hub:
     Args:
         key: the job's secret.
         only_here: listen on the loopback alone.
-        start: the start message for an agent's ranks.
+        start: the start message for an agent's ranks in an incarnation.
         deliver: is called with every event, by several threads.
     """
 
@@ -54,13 +90,14 @@ class Hub:
         key: bytes,
         *,
         only_here: bool,
-        start: Callable[[Sequence[int]], wire.Message],
+        start: Callable[[Sequence[int], int], wire.Message],
         deliver: Callable[[Event], None],
     ) -> None:
         self._key, self._start, self._deliver = key, start, deliver
-        self._board = Board()
-        self._agents: set[wire.Channel] = set()
+        self._board, self._mail = Board(), Mail()
+        self._agents: dict[wire.Channel, tuple[int, ...]] = {}  # their ranks
         self._order: str | None = None  # what agents that come late are told as well
+        self._given_up: set[tuple[int, int]] = set()  # ranks and incarnations that must not start any more
         self._lock = threading.Lock()
         self._listener = wire.listen(only_here=only_here)
 
@@ -79,6 +116,18 @@ class Hub:
             agents = list(self._agents)
         for agent in agents:
             _send(agent, {"type": what})
+
+    def give_up(self, ranks: Collection[int], incarnation: int) -> None:
+        """Tells the agents of these ranks, also those yet to come, to end them ("stop") and none of their others."""
+        with self._lock:
+            self._given_up.update((rank, incarnation) for rank in ranks)
+            agents = [agent for agent, theirs in self._agents.items() if set(theirs) & set(ranks)]
+        for agent in agents:
+            _send(agent, {"type": "stop", "ranks": sorted(ranks)})
+
+    def push(self, rank: int, message: wire.Message) -> None:
+        """Sends a process a message that it did not ask for, as soon as it is connected."""
+        self._mail.send(rank, message)
 
     def has_agents(self) -> bool:
         """Whether any agent is still connected."""
@@ -106,39 +155,46 @@ class Hub:
         hello = channel.receive() if channel is not None else None
         if channel is None or hello is None:
             return
+        incarnation = int(hello.get("incarnation", 0))
         if hello["type"] == "agent":
-            self._serve_agent(channel, [int(rank) for rank in hello["ranks"]])
+            self._serve_agent(channel, tuple(int(rank) for rank in hello["ranks"]), incarnation)
         else:
-            self._serve_process(channel, int(hello["rank"]))
+            self._serve_process(channel, int(hello["rank"]), incarnation)
         channel.close()
 
-    def _serve_agent(self, channel: wire.Channel, ranks: list[int]) -> None:
+    def _serve_agent(self, channel: wire.Channel, ranks: tuple[int, ...], incarnation: int) -> None:
         with self._lock:
-            self._agents.add(channel)
-            order = self._order
-        if order is None:
-            _send(channel, self._start(ranks))
+            self._agents[channel] = ranks
+            wanted = [rank for rank in ranks if (rank, incarnation) not in self._given_up]
+            order = self._order if wanted else "stop"
+        _send(channel, self._start(wanted, incarnation) if order is None else {"type": order})
         why = "the agent that ran it went away: it was killed, or its host was cut off"
         while (message := channel.receive()) is not None:
             if message["type"] == "broken":
                 why = str(message["message"])
             else:
-                self._deliver(_event(message))
+                self._deliver(_event(message, incarnation))
         with self._lock:
-            self._agents.discard(channel)
-        self._deliver(Lost(tuple(ranks), why))
+            del self._agents[channel]
+        self._deliver(Lost(ranks, why, incarnation))
 
-    def _serve_process(self, channel: wire.Channel, rank: int) -> None:
+    def _serve_process(self, channel: wire.Channel, rank: int, incarnation: int) -> None:
+        self._mail.connected(rank, channel)
         while (message := channel.receive()) is not None:
             kind = message["type"]
             if kind == "publish":
                 self._board.publish(message["key"], message["value"])
+                self._deliver(Published(rank, str(message["key"]), str(message["value"])))
             elif kind == "lookup":
-                self._board.lookup(message["key"], _answerer(channel, int(message["number"])))
+                if not self._board.lookup(message["key"], _answerer(channel, int(message["number"]))):
+                    self._deliver(Wanted(rank, str(message["key"])))
+            elif kind == "elastic":
+                self._deliver(Elastic(rank, int(message["min_replicas"])))
+                _send(channel, {"type": "noted", "number": message["number"]})
             elif kind == "progress":
                 self._deliver(Progress(rank, int(message["done"]), int(message["total"]), str(message["text"])))
             elif kind == "failed":
-                self._deliver(Failed(rank, str(message["message"]), bool(message["secondary"])))
+                self._deliver(Failed(rank, str(message["message"]), bool(message["secondary"]), incarnation))
                 _send(channel, {"type": "noted", "number": message["number"]})
 
 
@@ -154,12 +210,12 @@ def _send(channel: wire.Channel, message: wire.Message) -> None:
         return
 
 
-def _event(message: wire.Message) -> Event:
+def _event(message: wire.Message, incarnation: int) -> Event:
     kind, rank = message["type"], int(message["rank"])
     if kind == "started":
-        return Started(rank)
+        return Started(rank, incarnation)
     if kind == "output":
         return Output(rank, str(message["stream"]), [str(line) for line in message["lines"]])
     if kind == "exit":
-        return Exited(rank, int(message["status"]), bool(message["killed"]))
-    return Closed(rank)
+        return Exited(rank, int(message["status"]), bool(message["killed"]), incarnation)
+    return Closed(rank, incarnation)

@@ -1,6 +1,8 @@
 """Runs one job: starts it, listens to it, and ends it, whatever happens.
 
 start ---> events ---> over, or a verdict, or a signal ---> "stop" to all agents ---> (STOP_S) "kill" ---> last words
+            |    ^
+            +----+  orders of an elastic job: end one pipeline, start it again; and the coordinator, when it is wanted
 One Ctrl-C is a signal; a second one goes to "kill" at once.
 """
 
@@ -24,17 +26,20 @@ from typing import NamedTuple
 
 from heturun.agent import die_with_parent
 from heturun.console import Console
+from heturun.elastic import COORDINATOR, Fleet, GiveUp, Gone, Loss, Order, Rules, Tell, TooFew
 from heturun.hub import Hub
+from heturun.mpi import Mpirun
 from heturun.mpi import environment as mpi_environment
-from heturun.outcome import Event, Lost, Outcome, Output, Progress, Signalled, Verdict
+from heturun.outcome import Event, Lost, Output, Progress, Published, Signalled, Verdict, Wanted
 from heturun.plan import Plan
-from heturun.starters import Routes, Starter, choose, environment, find_routes, start_message, starters
+from heturun.starters import Routes, Starter, Starters, choose, environment, find_routes, start_message, tied
 
 START_S = 60.0  # for all processes to check in, unless --timeout says otherwise
 STOP_S = 3.5  # from "stop" to "kill"; agents themselves send SIGKILL 2 s after SIGTERM
 KILL_S = 1.0  # from "kill" to leaving
 LEAVE_S = 0.5  # for mpirun or ssh to end after its agents, unless the way to their host is cut
 FINISH_S = 10.0  # for mpirun to end after its processes did
+CHECKPOINT = "last checkpoint"  # under this key the workers publish its path
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -59,18 +64,26 @@ class Running:
 
 
 class Job:
-    """The events of one job and what follows from them."""
+    """The events of one job and what follows from them.
 
-    def __init__(self, plan: Plan, routes: Routes, console: Console, *, mpi: bool, timeout_s: float | None) -> None:
-        self.plan, self.console = plan, console
+    Args:
+        mpirun: None for plain processes. folder: a private directory.
+    """
+
+    def __init__(
+        self, plan: Plan, routes: Routes, console: Console, *, mpirun: Mpirun | None, folder: Path, rules: Rules
+    ) -> None:
+        self.plan, self.console, self.rules = plan, console, rules
         self.key = secrets.token_bytes(32)
-        start = start_message(plan, routes, mpi_environment() if mpi else {})
+        start = start_message(plan, routes, {} if mpirun is None else mpi_environment())
         self.hub = Hub(self.key, only_here=routes.only_here, start=start, deliver=self.deliver)
-        self.start_s = START_S if timeout_s is None else timeout_s
+        self.starters = Starters(plan, routes, mpirun, self.hub.port, folder)
         self.events: SimpleQueue[Event | StarterEnded] = SimpleQueue()
-        self.outcome = Outcome(len(plan.processes))
+        ranks = [[process.rank for process in pipeline] for pipeline in plan.pipelines()]
+        self.fleet = Fleet.of(ranks, coordinator=plan.coordinator.rank, rules=rules)
         self.running: list[Running] = []
-        self.stopping = False
+        self.coordinator_started = self.stopping = False
+        self.checkpoint: str | None = None
 
     def deliver(self, event: Event) -> None:
         """Takes an event from the hub, on any thread."""
@@ -83,23 +96,34 @@ class Job:
         else:
             self.events.put(event)
 
-    def spawn(self, todo: Sequence[Starter]) -> None:
-        """Starts the starters; on the main thread and before any other exists, as `die_with_parent` needs."""
-        for starter in todo:
-            process = subprocess.Popen(
-                starter.argv,
-                env=environment(os.environ, self.key.hex()),
-                stdin=subprocess.PIPE if starter.key_on_stdin else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that Ctrl-C reaches the launcher alone
-                preexec_fn=die_with_parent,
-            )
-            self.running.append(Running(starter, process))
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):  # its exit tells
-                    process.stdin.write(f"{self.key.hex()}\n".encode())
-                    process.stdin.flush()
+    def start(self) -> None:
+        """Starts the workers; on the main thread and before any other exists, as `die_with_parent` needs."""
+        for starter in self.starters.first():
+            self._spawn(starter, starter.argv, die_with_parent)
+
+    def _start_more(self, *more: Starter) -> None:
+        """Starts something when the launcher has threads; on the main thread, whose end the kernel watches."""
+        for starter in more:
+            running = self._spawn(starter, tied(starter.argv), None)
+            threading.Thread(target=self._watch, args=(running,), daemon=True).start()
+
+    def _spawn(self, starter: Starter, argv: Sequence[str], preexec: Callable[[], None] | None) -> Running:
+        process = subprocess.Popen(
+            argv,
+            env=environment(os.environ, self.key.hex()),
+            stdin=subprocess.PIPE if starter.key_on_stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that Ctrl-C reaches the launcher alone
+            preexec_fn=preexec,
+        )
+        running = Running(starter, process)
+        self.running.append(running)
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # its exit tells
+                process.stdin.write(f"{self.key.hex()}\n".encode())
+                process.stdin.flush()
+        return running
 
     def run(self) -> int:
         """From the first event to the last word; the exit status."""
@@ -108,6 +132,8 @@ class Job:
         self.hub.serve()
         end = self._until_something_ends_it()
         if end is None:
+            self.stopping = True
+            self.hub.order("stop")  # the coordinator, for everybody else has ended
             self._until(lambda: not self._alive(), FINISH_S)
         else:
             self._stop()
@@ -123,17 +149,20 @@ class Job:
                 running.words.append(line)
         self.events.put(StarterEnded(running, _shell_status(running.process.wait())))
 
-    def _until_something_ends_it(self) -> Verdict | Signalled | None:
+    def _until_something_ends_it(self) -> Verdict | TooFew | Signalled | None:
         """None when every process ended well."""
-        deadline = time.monotonic() + self.start_s
+        deadline = time.monotonic() + self.rules.start_s
         while True:
             now = time.monotonic()
-            verdict = self.outcome.verdict(now)
+            self.fleet, orders = self.fleet.orders(now)
+            for order in orders:
+                self._carry_out(order)
+            verdict = self.fleet.verdict(now)
             if verdict is not None:
                 return verdict
-            if self.outcome.over:
+            if self.fleet.over:
                 return None
-            if self.outcome.missing and now >= deadline:
+            if self.fleet.missing and now >= deadline:
                 return self._late()
             signalled = self._take(self._next_look(now, deadline))
             if signalled is not None:
@@ -141,7 +170,7 @@ class Job:
 
     def _next_look(self, now: float, deadline: float) -> float | None:
         """When to look again, though nothing may have happened."""
-        times = [self.outcome.look_again_at(now), deadline if self.outcome.missing else None]
+        times = [self.fleet.look_again_at(now), deadline if self.fleet.missing else None]
         known = [when for when in times if when is not None]
         return min(known) if known else None
 
@@ -156,24 +185,74 @@ class Job:
             return event
         if isinstance(event, StarterEnded):
             event = self._left_alone(event)
-        self.outcome = self.outcome.after(event, time.monotonic())
+        if isinstance(event, Published) and event.key == CHECKPOINT:
+            self.checkpoint = event.value
+        if isinstance(event, Wanted) and event.key == COORDINATOR:
+            self._start_coordinator()
+        self.fleet = self.fleet.after(event, time.monotonic())
         return None
+
+    def _start_coordinator(self) -> None:
+        """Once, when the first process asks for it."""
+        if not self.coordinator_started and not self.stopping:
+            self.coordinator_started = True
+            self.console.add(self.plan.coordinator)
+            self._start_more(self.starters.coordinator())
+
+    def _carry_out(self, order: Order) -> None:
+        """Does what an elastic job's losses ask for; the coordinator is told first, for the other pipelines wait."""
+        pipeline = self.plan.pipelines()[order.pipeline]
+        number, ranks = pipeline[0].pipeline, [process.rank for process in pipeline]
+        if isinstance(order, Tell):
+            told = {"type": "lost", "pipeline": number, "incarnation": order.incarnation, "message": order.message}
+            self.hub.push(self.plan.coordinator.rank, told)
+        elif isinstance(order, GiveUp):
+            self.console.say(f"pipeline {number} is lost: {self._why(order.verdict)}; {_go_on(order.left)}")
+            self.hub.give_up(ranks, order.incarnation)
+            self._dismiss(lambda starter: bool(self.fleet.unstarted(starter.ranks, starter.incarnation)), ranks)
+        elif isinstance(order, Gone):
+            self._dismiss(lambda starter: not self.fleet.open(starter.ranks, starter.incarnation), ranks)
+        else:
+            allowed = self.rules.max_restarts
+            self.console.say(f"pipeline {number} starts again ({order.incarnation} of {allowed} restarts)")
+            self._start_more(*self.starters.again(pipeline, order.incarnation))
+
+    def _dismiss(self, condition: Callable[[Starter], bool], ranks: Sequence[int]) -> None:
+        """Ends starters of these ranks: they may still be on their way to the host, or not notice that it is gone."""
+        for running in self._alive():
+            if set(running.starter.ranks) & set(ranks) and condition(running.starter):
+                running.signal(signal.SIGTERM)
+
+    def _why(self, verdict: Verdict) -> str:
+        """A failure in one line, for example "rank 4 (w0, stage 0, pipeline 2) exited with status 1 (KeyError: 7)"."""
+        words = [line for line in self._words(verdict) if line.strip()]
+        return f"{self._who(verdict)} {_how(verdict.exited)}" + (f" ({words[-1].strip()})" if words else "")
+
+    def _who(self, verdict: Verdict) -> str:
+        coordinator = self.plan.coordinator
+        return str(coordinator if verdict.rank == coordinator.rank else self.plan.processes[verdict.rank])
+
+    def _words(self, verdict: Verdict) -> list[str]:
+        return verdict.message.splitlines() if verdict.message is not None else self.console.tail(verdict.rank)
 
     def _left_alone(self, ended: StarterEnded) -> Event:
         """A starter that ended before its processes did: its own words are the error."""
         starter, words = ended.running.starter, list(ended.running.words)
-        ranks = tuple(rank for rank in starter.ranks if rank not in self.outcome.closed)
-        when = "before its processes had started" if set(ranks) & set(self.outcome.missing) else "before its processes"
+        ranks = self.fleet.open(starter.ranks, starter.incarnation)
+        unstarted = self.fleet.unstarted(ranks, starter.incarnation)
+        when = "before its processes had started" if unstarted else "before its processes"
         first = f"{starter.name} {_how(ended.status)} {when}"
-        return Lost(ranks, "\n".join([f"{first}:", *words] if words else [first]))
+        return Lost(ranks, "\n".join([f"{first}:", *words] if words else [first]), starter.incarnation)
 
     def _late(self) -> Verdict:
-        missing = [str(self.plan.processes[rank]) for rank in self.outcome.missing]
+        missing = [str(self.plan.processes[rank]) for rank in self.fleet.missing]
         named = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        first = f"not started within {self.start_s:g} s: {named}; check those hosts, or give more time with --timeout"
-        late = [running for running in self.running if set(running.starter.ranks) & set(self.outcome.missing)]
+        first = (
+            f"not started within {self.rules.start_s:g} s: {named}; check those hosts, or give more time with --timeout"
+        )
+        late = [running for running in self.running if set(running.starter.ranks) & set(self.fleet.missing)]
         words = [f"{running.starter.name}: {word}" for running in late for word in running.words]
-        return Verdict(self.outcome.missing[0], None, "\n".join([*words, first]))
+        return Verdict(self.fleet.missing[0], None, "\n".join([*words, first]))
 
     def _alive(self) -> list[Running]:
         return [running for running in self.running if running.process.poll() is None]
@@ -183,9 +262,9 @@ class Job:
         self.stopping = True
         self.hub.order("stop")
         for running in self._alive():
-            if any(rank in self.outcome.missing for rank in running.starter.ranks):
+            if self.fleet.unstarted(running.starter.ranks, running.starter.incarnation):
                 running.signal(signal.SIGTERM)  # it may still be on its way to the host
-        if self._until(lambda: self.outcome.over and not self.hub.has_agents(), STOP_S):
+        if self._until(lambda: self.fleet.closed and not self.hub.has_agents(), STOP_S):
             self._until(self._ended, LEAVE_S)
 
     def leave_nothing(self) -> None:
@@ -213,31 +292,63 @@ class Job:
                 break
         return done()
 
-    def _conclude(self, end: Verdict | Signalled | None) -> int:
+    def _conclude(self, end: Verdict | TooFew | Signalled | None) -> int:
         """The last words, and the exit status."""
         if end is None:
-            self.console.finish()
+            self.console.finish(*self._summary())
             return 0
         if isinstance(end, Signalled):
             self.console.finish(f"heturun: ended by {signal.Signals(end.number).name}")
             return 128 + end.number
-        process = self.plan.processes[end.rank]
-        words = end.message.splitlines() if end.message is not None else self.console.tail(end.rank)
-        first = f"heturun: {process} {_how(end.exited)}"
-        self.console.finish(f"{first}:" if words else first, *words)
-        return end.exited or 1
+        verdict = end.first if isinstance(end, TooFew) else end
+        words = self._words(verdict)
+        first = f"heturun: {self._who(verdict)} {_how(verdict.exited)}"
+        self.console.finish(f"{first}:" if words else first, *words, *self._too_few(end))
+        if isinstance(end, TooFew):
+            return 1 if end.left else verdict.exited or 1
+        return 1 if end.rank == self.plan.coordinator.rank else end.exited or 1
+
+    def _too_few(self, end: Verdict | TooFew) -> list[str]:
+        """The sentence with which a job ends that has lost too many pipelines."""
+        if isinstance(end, Verdict):
+            return []
+        checkpoint = f"last checkpoint: {self.checkpoint or 'none was written'}"
+        if end.left == 0:
+            return [f"heturun: all replicas of stage 0 are gone; {checkpoint}"]
+        left = f"{end.left} pipeline{'s are' if end.left > 1 else ' is'} left"
+        return [f"heturun: {left}, --min-replicas asks for {end.wanted}; {checkpoint}"]
+
+    def _summary(self) -> list[str]:
+        """What an elastic job that ended well has lost on the way."""
+        lost = "; ".join(self._summary_of(loss) for loss in self.fleet.losses)
+        return [f"heturun: the job ended well, though it lost {lost}"] if lost else []
+
+    def _summary_of(self, loss: Loss) -> str:
+        again = ", and started it again" if self.fleet.pipelines[loss.pipeline].incarnation > loss.incarnation else ""
+        number = self.plan.pipelines()[loss.pipeline][0].pipeline
+        return f"pipeline {number} ({self._why(loss.verdict)}){again}"
 
 
-def run_job(plan: Plan, *, launcher: str, identity: Path | None, timeout_s: float | None, log_dir: Path | None) -> int:
+def run_job(
+    plan: Plan,
+    *,
+    launcher: str,
+    identity: Path | None,
+    timeout_s: float | None,
+    log_dir: Path | None,
+    min_replicas: int | None = None,
+    max_restarts: int = 0,
+) -> int:
     """Starts the processes of a plan and returns the exit status: 0, the first failing rank's, or 128 + signal."""
+    rules = Rules(min_replicas, max_restarts, START_S if timeout_s is None else timeout_s)
     mpirun = choose(launcher, plan)
     with _private_folder() as folder, _signals() as signals:
         routes = find_routes(plan, folder=folder, identity=identity)
         console = Console(plan.processes, log_dir)
-        job = Job(plan, routes, console, mpi=mpirun is not None, timeout_s=timeout_s)
+        job = Job(plan, routes, console, mpirun=mpirun, folder=folder, rules=rules)
         try:
             signals.forward = job.events
-            job.spawn(starters(plan, routes, mpirun, port=job.hub.port, folder=folder))
+            job.start()
             return job.run()
         finally:
             job.leave_nothing()
@@ -246,6 +357,10 @@ def run_job(plan: Plan, *, launcher: str, identity: Path | None, timeout_s: floa
 def _shell_status(status: int) -> int:
     """The exit status as a shell has it: 128 + number for a signal."""
     return 128 - status if status < 0 else status
+
+
+def _go_on(left: int) -> str:
+    return f"{left or 'no'} pipeline{' goes' if left == 1 else 's go'} on"
 
 
 def _how(status: int | None) -> str:

@@ -8,18 +8,20 @@ the first primary failure wins; without one, the first secondary, when SETTLE_S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 SETTLE_S = 1.5  # how long secondary failures wait for a primary one
+USERS_MISTAKE = 2  # the exit status
 EXIT_S = 2.0  # how long a rank that said why it fails is given to exit with its own status
 
 
 class Started(NamedTuple):
-    """The process of a rank runs."""
+    """The process of a rank runs. `incarnation`, here and below: how often its pipeline had been started again."""
 
     rank: int
+    incarnation: int = 0
 
 
 class Output(NamedTuple):
@@ -45,12 +47,14 @@ class Exited(NamedTuple):
     rank: int
     status: int
     killed: bool
+    incarnation: int = 0
 
 
 class Closed(NamedTuple):
     """All output of a rank has arrived."""
 
     rank: int
+    incarnation: int = 0
 
 
 class Failed(NamedTuple):
@@ -59,6 +63,7 @@ class Failed(NamedTuple):
     rank: int
     message: str
     secondary: bool
+    incarnation: int = 0
 
 
 class Lost(NamedTuple):
@@ -66,6 +71,29 @@ class Lost(NamedTuple):
 
     ranks: tuple[int, ...]
     message: str
+    incarnation: int = 0
+
+
+class Elastic(NamedTuple):
+    """A process says that from now on the job survives the loss of a pipeline, as long as `min_replicas` are left."""
+
+    rank: int
+    min_replicas: int
+
+
+class Published(NamedTuple):
+    """A process published a value."""
+
+    rank: int
+    key: str
+    value: str
+
+
+class Wanted(NamedTuple):
+    """A process waits for a value that nobody has published yet."""
+
+    rank: int
+    key: str
 
 
 class Signalled(NamedTuple):
@@ -74,7 +102,7 @@ class Signalled(NamedTuple):
     number: int
 
 
-Event = Started | Output | Progress | Exited | Closed | Failed | Lost | Signalled
+Event = Started | Output | Progress | Exited | Closed | Failed | Lost | Elastic | Published | Wanted | Signalled
 
 
 class Verdict(NamedTuple):
@@ -96,16 +124,20 @@ class Complaint(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a job so far: exit statuses, complaints in the order of arrival, and ranks that are through."""
+    """What is known of some ranks so far: exit statuses, complaints in the order of arrival, and who is through."""
 
-    size: int
+    ranks: Collection[int]
     started: frozenset[int] = frozenset()
     exits: Mapping[int, int] = field(default_factory=dict)
     complaints: tuple[Complaint, ...] = ()
     closed: frozenset[int] = frozenset()
 
     def after(self, event: Event, now: float) -> Outcome:
-        """The outcome with one more event, which arrived at time `now`."""
+        """The outcome with one more event, which arrived at time `now`; events of other ranks change nothing."""
+        if isinstance(event, Lost):
+            return self._lost(event, now)
+        if isinstance(event, Signalled) or event.rank not in self.ranks:
+            return self
         if isinstance(event, Started):
             return replace(self, started=self.started | {event.rank})
         if isinstance(event, Closed):
@@ -115,12 +147,10 @@ class Outcome:
         if isinstance(event, Exited):
             known = replace(self, exits={**self.exits, event.rank: event.status}, started=self.started | {event.rank})
             return known if event.status == 0 else known._complained(now, event.rank, None, event.killed)
-        if isinstance(event, Lost):
-            return self._lost(event, now)
         return self
 
     def _lost(self, event: Lost, now: float) -> Outcome:
-        ranks = [rank for rank in event.ranks if rank not in self.closed]
+        ranks = [rank for rank in event.ranks if rank in self.ranks and rank not in self.closed]
         known = replace(self, closed=self.closed | frozenset(ranks))
         unfinished = [rank for rank in ranks if rank not in self.exits]
         return known._complained(now, unfinished[0], event.message, True) if unfinished else known
@@ -131,12 +161,21 @@ class Outcome:
     @property
     def missing(self) -> tuple[int, ...]:
         """Ranks that have not started."""
-        return tuple(rank for rank in range(self.size) if rank not in self.started)
+        return tuple(rank for rank in self.ranks if rank not in self.started)
 
     @property
     def over(self) -> bool:
         """Every rank has ended and all its output is here."""
-        return len(self.closed) == self.size
+        return len(self.closed) == len(self.ranks)
+
+    @property
+    def mistake(self) -> Verdict | None:
+        """The first rank that ended with status 2, which means a mistake of the user's."""
+        for complaint in self.complaints:
+            rank = complaint.rank
+            if not complaint.secondary and complaint.message is None and self.exits[rank] == USERS_MISTAKE:
+                return Verdict(rank, USERS_MISTAKE, self._words(rank, None))
+        return None
 
     def verdict(self, now: float) -> Verdict | None:
         """The failure to report; None while there is none or while its status or a more primary one may yet come."""
@@ -144,7 +183,7 @@ class Outcome:
         if chosen is None:
             return None
         rank = chosen.rank
-        if rank not in self.exits and chosen.message is not None and now < chosen.time + EXIT_S and not self.over:
+        if self._may_exit(rank) and chosen.message is not None and now < chosen.time + EXIT_S:
             return None
         return Verdict(rank, self.exits.get(rank), self._words(rank, chosen.message))
 
@@ -164,6 +203,10 @@ class Outcome:
         if self.complaints and (self.over or now >= self.complaints[0].time + SETTLE_S):
             return self.complaints[0]
         return None
+
+    def _may_exit(self, rank: int) -> bool:
+        """Whether the status of a rank may yet come."""
+        return rank not in self.exits and rank not in self.closed
 
     def _words(self, rank: int, message: str | None) -> str | None:
         """The rank's own explanation, a primary one before a secondary one."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from heturun.cluster import Cluster, Node
+from heturun.cluster import LOCAL, Cluster, Node
 from pipeline.errors import UserError
 from pipeline.placement import DEFAULT_FILE, Device, HostLimits, Placement, check, load_placement
 
@@ -27,8 +28,9 @@ FORWARDED = re.compile(
 )
 OF_ANOTHER_JOB = re.compile(
     r"PMIX_.*|PMI_.*|PRTE_(?!MCA).*|OMPI_(COMM_WORLD|UNIVERSE|FILE|FIRST|NUM|APP)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)"
-    r"|HETURUN_(HOST|PIPELINE|STAGE|PLACEMENT|ADDRESS|INTERFACE|CONTROL|KEY|TIMEOUT)"
+    r"|HETURUN_(HOST|PIPELINE|STAGE|PLACEMENT|ADDRESS|INTERFACE|CONTROL|KEY|TIMEOUT|INCARNATION|THREADS)"
 )
+COORDINATOR = (sys.executable, "-m", "pipeline.coordinator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,30 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """The process that is started when the job asks for it; `rank`: the number of workers, so that it is nobody's."""
+
+    rank: int
+    host: str
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+
+    @property
+    def where(self) -> str:
+        return f"{self.host}/coordinator"
+
+    def __str__(self) -> str:
+        return f"the coordinator ({self.host})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The processes of a job in the order of ranks, what they have in common, and what the user should know."""
 
     cluster: Cluster
     placement: Placement | None
     processes: tuple[Process, ...]
+    coordinator: Coordinator
     command: tuple[str, ...]
     directory: str
     env: Mapping[str, str | None]  # for every process; None takes the variable away
@@ -66,16 +86,28 @@ class Plan:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The hosts on which something runs."""
+        """The hosts on which workers run."""
         used = {process.host for process in self.processes}
         return tuple(node for node in self.cluster.nodes if node.host in used)
 
+    @property
+    def all_nodes(self) -> tuple[Node, ...]:
+        """The hosts on which something runs, or may: the coordinator's, too."""
+        more = () if self.coordinator.host in {node.host for node in self.nodes} else (self.coordinator.host,)
+        return (*self.nodes, *(self.node(host) for host in more))
+
+    def node(self, host: str) -> Node:
+        """A host of the cluster, or this machine, which need not be one."""
+        return next((node for node in self.cluster.nodes if node.host == host), Node(host=host))
+
+    def pipelines(self) -> tuple[tuple[Process, ...], ...]:
+        """The processes by pipeline, each in the order of stages."""
+        numbers = sorted({process.pipeline for process in self.processes})
+        return tuple(tuple(p for p in self.processes if p.pipeline == number) for number in numbers)
+
     def worlds(self) -> tuple[tuple[Process, ...], ...]:
         """The MPI worlds: one per pipeline, its ranks are the stages; without a layout one of all processes."""
-        if self.placement is None:
-            return (self.processes,)
-        pipelines = range(self.placement.num_pipelines)
-        return tuple(tuple(p for p in self.processes if p.pipeline == pipeline) for pipeline in pipelines)
+        return (self.processes,) if self.placement is None else self.pipelines()
 
     def on(self, host: str) -> tuple[Process, ...]:
         return tuple(process for process in self.processes if process.host == host)
@@ -88,8 +120,14 @@ def plan_job(
     *,
     directory: str,
     env: Mapping[str, str | None],
+    launching_host: str = LOCAL,
+    coordinator: Sequence[str] = COORDINATOR,
 ) -> Plan:
     """Puts every process of the job on its host.
+
+    Args:
+        launching_host: this machine, which has the coordinator when the cluster has no servers.
+        coordinator: its command.
 
     Raises:
         UserError: the layout does not fit the cluster.
@@ -105,11 +143,20 @@ def plan_job(
         cluster=cluster,
         placement=placement,
         processes=processes,
+        coordinator=_coordinator(cluster, processes, launching_host=launching_host, command=coordinator),
         command=tuple(command),
         directory=directory,
         env=env,
         notes=tuple(notes),
     )
+
+
+def as_threads(plan: Plan) -> Plan:
+    """One process here, in the place of rank 0, that runs every worker as a thread of its own."""
+    first = plan.processes[0]
+    env = {**first.env, "HETURUN_THREADS": "1"}
+    note = f"--launcher threads: one process runs all {len(plan.processes)} workers, as threads"
+    return replace(plan, processes=(replace(first, env=env),), notes=(*plan.notes, note))
 
 
 def layout_of(command: Sequence[str], *, directory: Path) -> Placement | None:
@@ -242,8 +289,19 @@ def _process(
     )
 
 
+def _coordinator(
+    cluster: Cluster, processes: Sequence[Process], *, launching_host: str, command: Sequence[str]
+) -> Coordinator:
+    """On the first host that has a server, else where the launcher is."""
+    host = next((node.host for node in cluster.nodes if node.servers), launching_host)
+    env = {"RANK": str(len(processes)), "WORLD_SIZE": str(len(processes)), "HETURUN_HOST": host}
+    return Coordinator(rank=len(processes), host=host, command=tuple(command), env=env)
+
+
 def _servers_note(cluster: Cluster) -> str:
-    return f"servers: {cluster.servers} in the cluster, not needed by all-reduce; none started"
+    host = next(node.host for node in cluster.nodes if node.servers)
+    used = "it" if cluster.servers == 1 else "one of them, on the first such host,"
+    return f"servers: {cluster.servers} in the cluster; {used} is started on {host} once the job asks for a coordinator"
 
 
 def _idle_note(cluster: Cluster, placement: Placement, processes: Sequence[Process]) -> list[str]:

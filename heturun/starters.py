@@ -1,11 +1,11 @@
 """How agents come to their hosts: the commands of the three launchers, mpi, local and ssh.
 
 mpi      one mpirun per MPI world, one agent per rank       local, ssh    one agent per host
+The coordinator has an agent of its own, here or over ssh, and so have the processes of a pipeline that starts again.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,15 @@ from pathlib import Path
 from heturun import hosts, mpi, ssh, wire
 from heturun.agent import LOOPBACK, interface_address
 from heturun.cluster import Node
-from heturun.plan import Plan, Process, is_of_another_job
+from heturun.plan import Coordinator, Plan, Process, is_of_another_job
 from pipeline.errors import UserError
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
 # -I: neither the user's directory nor PYTHONPATH can put a json.py of its own under the agent
+TIED = (
+    "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 BOOT = "import sys; sys.path.insert(0, {!r}); from heturun.agent import main; sys.exit(main())"
 
 
@@ -31,6 +35,7 @@ class Starter:
     argv: tuple[str, ...]
     ranks: tuple[int, ...]
     key_on_stdin: bool = False
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def choose(launcher: str, plan: Plan) -> mpi.Mpirun | None:
     if launcher == "mpi":
         return mpi.require_mpirun()
     if launcher == "local":
-        far = [node.host for node in plan.nodes if not hosts.is_here(node.host, node.address)]
+        far = [node.host for node in plan.all_nodes if not hosts.is_here(node.host, node.address)]
         if far:
             raise UserError(f"--launcher local: {far[0]} is another machine; use --launcher ssh, mpi or auto")
     return mpi.find_mpirun() if launcher == "auto" else None
@@ -68,8 +73,8 @@ def find_routes(plan: Plan, *, folder: Path, identity: Path | None) -> Routes:
     Raises:
         UserError: a host has no address, or there is no way to it.
     """
-    here = frozenset(node.host for node in plan.nodes if hosts.is_here(node.host, node.address))
-    far = [node for node in plan.nodes if node.host not in here]
+    here = frozenset(node.host for node in plan.all_nodes if hosts.is_here(node.host, node.address))
+    far = [node for node in plan.all_nodes if node.host not in here]
     if not far:
         return Routes(here, dict.fromkeys(here, LOOPBACK), None, None)
     config = folder / "ssh_config"
@@ -81,46 +86,82 @@ def find_routes(plan: Plan, *, folder: Path, identity: Path | None) -> Routes:
     return Routes(here, {**dict.fromkeys(here, own), **towards}, config, subnet)
 
 
-def starters(plan: Plan, routes: Routes, mpirun: mpi.Mpirun | None, *, port: int, folder: Path) -> list[Starter]:
-    """Everything that must be started here, for a launcher that listens on `port`."""
-    if mpirun is None:
-        return [_plain(plan, node, routes, port) for node in plan.nodes]
+@dataclass(frozen=True)
+class Starters:
+    """What must be started here for a job: at first, for its coordinator, and for a pipeline that starts again.
 
-    def agent(process: Process) -> list[str]:
-        return agent_command(wire.join_address(routes.launcher[process.host], port), [process.rank])
+    mpirun: None for plain processes. port: where the launcher listens. folder: a private directory.
+    """
 
-    def name(host: str) -> str:
-        return hosts.LOCAL if host in routes.here else ssh.alias(plan.cluster.node(host))
+    plan: Plan
+    routes: Routes
+    mpirun: mpi.Mpirun | None
+    port: int
+    folder: Path
 
-    network = mpi.Network(routes.ssh_config, *_interfaces(plan, routes))
-    return [
-        Starter(
-            _mpirun_name(plan, number),
-            tuple(mpi.command(mpirun, world, host_name=name, agent=agent, network=network, folder=folder)),
-            tuple(process.rank for process in world),
+    def first(self) -> list[Starter]:
+        """For all workers."""
+        if self.mpirun is None:
+            return [self._plain(node.host, self.plan.on(node.host), 0) for node in self.plan.nodes]
+        return [self._mpirun(self.mpirun, world, 0) for world in self.plan.worlds()]
+
+    def again(self, pipeline: Sequence[Process], incarnation: int) -> list[Starter]:
+        """For the processes of one pipeline."""
+        if self.mpirun is not None:
+            return [self._mpirun(self.mpirun, pipeline, incarnation)]
+        used = dict.fromkeys(process.host for process in pipeline)
+        return [self._plain(host, [p for p in pipeline if p.host == host], incarnation) for host in used]
+
+    def coordinator(self) -> Starter:
+        return self._plain(self.plan.coordinator.host, [self.plan.coordinator], 0)
+
+    def _agent(self, processes: Sequence[Process | Coordinator], incarnation: int) -> list[str]:
+        """The command of the agent of these processes, all on one host."""
+        address = wire.join_address(self.routes.launcher[processes[0].host], self.port)
+        return agent_command(address, [process.rank for process in processes], incarnation)
+
+    def _plain(self, host: str, processes: Sequence[Process | Coordinator], incarnation: int) -> Starter:
+        ranks, agent = tuple(process.rank for process in processes), self._agent(processes, incarnation)
+        if host in self.routes.here or self.routes.ssh_config is None:
+            return Starter(f"agent on {host}", tuple(agent), ranks, incarnation=incarnation)
+        remote = shlex.join(["exec", *agent, "--key-on-stdin"])
+        argv = ssh.command(self.routes.ssh_config, self.plan.node(host), remote)
+        return Starter(f"ssh to {host}", tuple(argv), ranks, key_on_stdin=True, incarnation=incarnation)
+
+    def _mpirun(self, mpirun: mpi.Mpirun, world: Sequence[Process], incarnation: int) -> Starter:
+        argv = mpi.command(
+            mpirun,
+            world,
+            host_name=self._name_for_mpirun,
+            agent=lambda process: self._agent([process], incarnation),
+            network=mpi.Network(self.routes.ssh_config, *_interfaces(self.plan, self.routes)),
+            folder=self.folder,
         )
-        for number, world in enumerate(plan.worlds())
-    ]
+        name = "mpirun" if self.plan.placement is None else f"mpirun of pipeline {world[0].pipeline}"
+        return Starter(name, tuple(argv), tuple(process.rank for process in world), incarnation=incarnation)
+
+    def _name_for_mpirun(self, host: str) -> str:
+        return hosts.LOCAL if host in self.routes.here else ssh.alias(self.plan.node(host))
 
 
-def agent_command(address: str, ranks: Sequence[int]) -> list[str]:
+def agent_command(address: str, ranks: Sequence[int], incarnation: int) -> list[str]:
     """Starts an agent, on any host that has this Python and heturun in the same places."""
-    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT), "--connect", address, "--ranks", _listed(ranks)]
+    whose = ["--connect", address, "--ranks", ",".join(map(str, ranks)), "--incarnation", str(incarnation)]
+    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT), *whose]
+
+
+def tied(argv: Sequence[str]) -> list[str]:
+    """The same command, which the kernel ends when the launcher's main thread does; it keeps its process id.
+
+    For what is started when the launcher has threads, beside which `preexec_fn` is not safe.
+    """
+    return [sys.executable, "-I", "-c", TIED, *argv]
 
 
 def environment(environ: Mapping[str, str], key: str) -> dict[str, str]:
     """For starters: ours, without the traces of a job that heturun itself runs in."""
     clean = {name: value for name, value in environ.items() if not is_of_another_job(name)}
     return {**clean, "HETURUN_KEY": key}
-
-
-def _plain(plan: Plan, node: Node, routes: Routes, port: int) -> Starter:
-    ranks = tuple(process.rank for process in plan.on(node.host))
-    agent = agent_command(wire.join_address(routes.launcher[node.host], port), ranks)
-    if node.host in routes.here or routes.ssh_config is None:
-        return Starter(f"agent on {node.host}", tuple(agent), ranks)
-    remote = shlex.join(["exec", *agent, "--key-on-stdin"])
-    return Starter(f"ssh to {node.host}", tuple(ssh.command(routes.ssh_config, node, remote)), ranks, key_on_stdin=True)
 
 
 def _own_address(plan: Plan, here: frozenset[str], name: str) -> str:
@@ -142,36 +183,37 @@ def _interfaces(plan: Plan, routes: Routes) -> tuple[str | None, str | None]:
     return routes.subnet, None
 
 
-def _mpirun_name(plan: Plan, number: int) -> str:
-    return "mpirun" if plan.placement is None else f"mpirun of pipeline {number}"
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ",".join(map(str, ranks))
-
-
-StartMessage = Callable[[Sequence[int]], wire.Message]
+StartMessage = Callable[[Sequence[int], int], wire.Message]
 
 
 def start_message(plan: Plan, routes: Routes, extra: Mapping[str, str]) -> StartMessage:
-    """What an agent is told to run, by its ranks, which are all on one host. `extra`: variables of this launcher."""
+    """What an agent is told to run, by its ranks, which are all on one host, and their incarnation.
 
-    def message(ranks: Sequence[int]) -> wire.Message:
-        node = plan.cluster.node(plan.processes[ranks[0]].host)
-        alone = len(plan.nodes) == 1
-        processes = [{"rank": r, "command": plan.command, "env": dict(plan.processes[r].env)} for r in ranks]
+    `extra`: variables of this launcher. The coordinator runs where this package lies, so that it is found.
+    """
+
+    def workers(ranks: Sequence[int], incarnation: int) -> wire.Message:
+        again = {"HETURUN_INCARNATION": str(incarnation)}
+        processes = [{"rank": r, "command": plan.command, "env": {**plan.processes[r].env, **again}} for r in ranks]
+        node, alone = plan.node(plan.processes[ranks[0]].host), len(plan.nodes) == 1
+        return start(node, alone, plan.directory, processes)
+
+    def coordinator() -> wire.Message:
+        own = plan.coordinator
+        process = {"rank": own.rank, "command": own.command, "env": own.env}
+        return start(plan.node(own.host), len(plan.all_nodes) == 1, PACKAGE_PARENT, [process])
+
+    def start(node: Node, alone: bool, directory: str, processes: Sequence[wire.Message]) -> wire.Message:
         return {
             "type": "start",
-            "directory": plan.directory,
+            "directory": directory,
             "env": {**extra, **plan.env},
             "address": LOOPBACK if alone else node.address,
             "interface": None if alone else node.interface,
             "processes": processes,
         }
 
+    def message(ranks: Sequence[int], incarnation: int) -> wire.Message:
+        return coordinator() if plan.coordinator.rank in ranks else workers(ranks, incarnation)
+
     return message
-
-
-def bin_directory() -> str:
-    """Where the Python that runs heturun lies."""
-    return os.path.dirname(sys.executable)

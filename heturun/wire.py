@@ -81,26 +81,39 @@ def connect(address: str, key: bytes, *, timeout_s: float) -> Channel:
         OSError: nobody listens there, or no answer in time.
         PermissionError: the other end does not hold the key.
     """
-    host, port = split_address(address)
-    sock = socket.create_connection((host, port), timeout=timeout_s)
+    sock = socket.create_connection(split_address(address), timeout=timeout_s)
+    try:
+        prove(sock, key, address)
+    except OSError:
+        sock.close()
+        raise
+    return Channel(sock)
+
+
+def prove(sock: socket.socket, key: bytes, address: str) -> None:
+    """The client's half of the handshake on a connected socket, whose deadline counts.
+
+    Raises:
+        PermissionError: the other end, at `address`, does not hold the key.
+        OSError: no answer in time.
+    """
     try:
         theirs, ours = _read(sock, NONCE_BYTES), os.urandom(NONCE_BYTES)
         sock.sendall(ours + _digest(key, b"c" + theirs + ours))
         answer = _read(sock, DIGEST_BYTES)
     except EOFError as error:
-        sock.close()
         raise PermissionError(f"{address} refused the key of this job") from error
-    except OSError:
-        sock.close()
-        raise
     if not hmac.compare_digest(answer, _digest(key, b"s" + ours + theirs)):
-        sock.close()
         raise PermissionError(f"{address} does not hold the key of this job")
-    return Channel(sock)
 
 
 def accept(sock: socket.socket, key: bytes) -> Channel | None:
     """The server's half of the handshake on an accepted connection; None for a stranger."""
+    return Channel(sock) if admit(sock, key) else None
+
+
+def admit(sock: socket.socket, key: bytes) -> bool:
+    """Whether the other end of an accepted connection holds the key; a stranger's connection is closed."""
     sock.settimeout(HANDSHAKE_S)
     try:
         ours = os.urandom(NONCE_BYTES)
@@ -109,11 +122,11 @@ def accept(sock: socket.socket, key: bytes) -> Channel | None:
         theirs, digest = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
         if hmac.compare_digest(digest, _digest(key, b"c" + ours + theirs)):
             sock.sendall(_digest(key, b"s" + theirs + ours))
-            return Channel(sock)
+            return True
     except (OSError, EOFError):
         pass  # a port scanner, or a client that gave up
     sock.close()
-    return None
+    return False
 
 
 def listen(*, only_here: bool) -> socket.socket:

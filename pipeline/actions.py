@@ -26,6 +26,9 @@ class Op(str, Enum):
     REDUCE = "R"  # wait for the mean of the gradients over the replicas of this stage
     NORM = "N"  # agree with the other stages of this pipeline on the norm of the whole gradient
     UPDATE = "U"
+    JOIN = "J"  # ask for a group of replicas to mix weights with, so that the answer is there after the update
+    WAIT = "W"  # wait for that group
+    MIX = "X"  # mix the newest weights with the group's
     SEND_TIED_GRADIENT = "ST"  # of a parameter that another stage owns
     RECV_TIED_GRADIENT = "RT"
     SEND_TIED_WEIGHT = "SW"  # of a parameter that another stage borrows

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -46,14 +47,42 @@ class Hooks:
     """What the training loop plugs in: data, the learning rate, and being told about updates.
 
     inputs: micro-batch -> inputs of the first stage. targets: micro-batch -> (targets, normalisers of its batch), for
-    the last stage. learning_rate: update number from 0 -> rate. updated: called after each update with its micro-batch.
+    the last stage. learning_rate: update number from 0 -> rate; rate_at, in its place: micro-batch -> rate. updated:
+    called after each update with its micro-batch.
     """
 
     inputs: Inputs | None = None
     targets: Targets | None = None
     learning_rate: Callable[[int], float] = lambda update: 0.0
+    rate_at: Callable[[int], float] | None = None
     updated: Callable[[int], object] | None = None
     record: Record | None = None
+
+
+class Mixer(Protocol):
+    """Keeps the weights of a stage together with those of its replicas; every method is called once per update."""
+
+    def request(self) -> None:
+        """Before the backward that leads to an update: asks for partners; returns at once."""
+
+    def wait(self) -> None:
+        """After the update: returns when the partners are known."""
+
+    def mix(self) -> None:
+        """Changes the newest weights of the stage."""
+
+
+class NoMixer:
+    """A stage whose replicas share gradients, or that has none."""
+
+    def request(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+    def mix(self) -> None:
+        return None
 
 
 @dataclass
@@ -71,6 +100,9 @@ class Executor:
     """Runs programs for stage `position` of `stages`.
 
     Args:
+        mixer: mixes weights with other replicas. guard: held while weights or optimiser state change, so that others
+            may copy them. wrap: gives other handlers for training (a simulated straggler). look_ahead: how many actions
+            a program is read ahead.
         clock: tells the time of a device that the host runs ahead of, and records in place of `hooks.record`.
     """
 
@@ -84,12 +116,19 @@ class Executor:
         hooks: Hooks,
         reducer: Reducer | None = None,
         tie: Tie | None = None,
+        mixer: Mixer | None = None,
+        guard: AbstractContextManager[Any] | None = None,
+        wrap: Callable[[Handlers], Handlers] | None = None,
+        look_ahead: int = LOOK_AHEAD,
         clock: GpuClock | None = None,
     ) -> None:
         self.stage, self.transport, self.hooks = stage, transport, hooks
         self.position, self.stages = position, stages
         self.reducer = reducer or NoReducer()
+        self.mixer = mixer or NoMixer()
         self.tie = tie
+        self._guard = guard or nullcontext()
+        self._look_ahead = look_ahead
         self._tied_slot = self._find_tied_slot()
         self._mail = _Mail()
         self._apply = True
@@ -97,7 +136,8 @@ class Executor:
         self._busy_s = 0.0
         handlers = self._handlers()
         self._evaluation = handlers | {Op.FORWARD: self._evaluate, Op.BACKWARD: self._acknowledge}
-        self._training = handlers if clock is None else clock.timed(handlers)
+        training = handlers if wrap is None else wrap(handlers)
+        self._training = training if clock is None else clock.timed(training)
 
     def _find_tied_slot(self) -> int:
         names = [slot.name for slot in self.stage.weights.slots]
@@ -116,6 +156,9 @@ class Executor:
             Op.REDUCE: lambda microbatch: self.reducer.finish(),
             Op.NORM: self._norm,
             Op.UPDATE: self._update,
+            Op.JOIN: lambda microbatch: self.mixer.request(),
+            Op.WAIT: lambda microbatch: self.mixer.wait(),
+            Op.MIX: lambda microbatch: self.mixer.mix(),
             Op.SEND_TIED_GRADIENT: self._send_tied_gradient,
             Op.RECV_TIED_GRADIENT: self._recv_tied_gradient,
             Op.SEND_TIED_WEIGHT: self._send_tied_weight,
@@ -153,7 +196,7 @@ class Executor:
     def _run(self, program: Program, handlers: Handlers) -> None:
         record, updated = self.hooks.record, self.hooks.updated
         ahead: deque[Action] = deque()
-        self._look(ahead, program, LOOK_AHEAD)
+        self._look(ahead, program, self._look_ahead)
         while ahead:
             action = ahead.popleft()
             self._look(ahead, program, 1)
@@ -219,7 +262,10 @@ class Executor:
     def _update(self, microbatch: int) -> None:
         self._mail.input_gradients.pop(microbatch, None)
         if self._apply:
-            self.stage.update(self.hooks.learning_rate(self.stage.updates))
+            hooks = self.hooks
+            rate = hooks.rate_at(microbatch) if hooks.rate_at else hooks.learning_rate(self.stage.updates)
+            with self._guard:
+                self.stage.update(rate)
         self._apply = True
 
     def _send_tied_gradient(self, microbatch: int) -> None:

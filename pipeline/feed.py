@@ -40,7 +40,10 @@ class Samples(Protocol):
 
 
 class Microbatches(Protocol):
-    """Which samples stand in micro-batch n; `count` is None where they never end."""
+    """Which samples stand in micro-batch n; `count` is None where their end is not known.
+
+    An empty list of keys ends such a feed.
+    """
 
     @property
     def count(self) -> int | None: ...
@@ -307,7 +310,10 @@ class _KeyLists:
         ends = [end for end in (self.stop, self.plan.count) if end is not None]
         microbatch = self.start
         while not ends or microbatch < min(ends):
-            yield self.plan.keys(microbatch)
+            keys = self.plan.keys(microbatch)
+            if not keys:
+                return
+            yield keys
             microbatch += 1
 
 

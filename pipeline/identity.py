@@ -27,7 +27,8 @@ class Identity:
     """A process among those of its job.
 
     `placement` is the launcher's, if it gave one; `meeting` is the address and port of rank 0's store where these are
-    agreed beforehand, and `hosted` says that the launcher runs that store itself.
+    agreed beforehand, and `hosted` says that the launcher runs that store itself. `threads`: this one process runs all
+    workers as threads.
     """
 
     launcher: str
@@ -40,6 +41,7 @@ class Identity:
     placement: Placement | None = None
     meeting: tuple[str, int] | None = None
     hosted: bool = False
+    threads: bool = False
 
     @property
     def one_host(self) -> bool:
@@ -113,6 +115,7 @@ def _from_heturun(environment: Mapping[str, str], hostname: str) -> Identity:
             host=host,
             mpi=under_mpi(environment) and import_mpi() is not None,
             placement=placement.on_cluster([host]) if placement is not None else None,
+            threads="HETURUN_THREADS" in environment,
         )
     )
 

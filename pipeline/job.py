@@ -14,7 +14,9 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.costs import profile_blocks
-from pipeline.errors import UserError
+from pipeline.elastic import ElasticTrainer
+from pipeline.elastic_world import ElasticWorld
+from pipeline.errors import Fenced, UserError
 from pipeline.partition import (
     Profile,
     conditions_of,
@@ -26,8 +28,10 @@ from pipeline.partition import (
 )
 from pipeline.report import RankReport, write_reports
 from pipeline.settings import Settings
+from pipeline.threads import run_threads
 from pipeline.training import AMP, RunPlan, Task, Trainer, plan_run
 from pipeline.transport import choose_transport
+from pipeline.transport.protocol import Transport
 from pipeline.world import World
 
 Say = Callable[[str], None]
@@ -37,23 +41,49 @@ DEFAULT_TIMEOUT_S = 300.0
 def train(settings: Settings, task: Task, world: World) -> None:
     """Trains `task` as this rank of `world`; rank 0 prints the summary and draws the pictures.
 
+    Under `heturun --launcher threads` this one process is all ranks.
+
     Raises:
         UserError: settings, layout, model and data that do not go together.
         PeerLost: another rank went away.
     """
-    say = say_on_rank_zero(world)
     check_layout(settings, world)
+    if world.identity.threads:
+        run_threads(settings, task, world, train_rank)
+        return
+    if settings.elastic and world.num_pipelines > 1:
+        world = ElasticWorld(world, settings)
+    train_rank(settings, task, world)
+
+
+def train_rank(settings: Settings, task: Task, world: World, transport: Transport | None = None) -> None:
+    """Trains as one rank, over `transport` or the one that --backend chooses."""
+    say = say_on_rank_zero(world)
     counts = choose_cut(settings, task, world, say)
-    plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say)
+    elastic = isinstance(world, ElasticWorld)
+    plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say, elastic=elastic)
     say(describe_run(plan, world))
     world.connect()
-    trainer = Trainer(plan, task, world, choose_transport(settings.backend, world))
+    transport = transport or choose_transport(settings.backend, world)
+    trainer = make_trainer(plan, task, world, transport)
     if settings.resume_directory is not None:
         trainer.resume(settings.resume_directory)
     world.barrier()
     trainer.run()
-    export(trainer)
-    finish(trainer, say)
+    try:
+        if not trainer.over:
+            export(trainer)
+            finish(trainer, say)
+    except Fenced:  # so late that the others have ended without it
+        pass
+    world.close()
+
+
+def make_trainer(plan: RunPlan, task: Task, world: World, transport: Transport) -> Trainer:
+    """The training loop that goes with this world."""
+    if isinstance(world, ElasticWorld):
+        return ElasticTrainer(plan, task, world, transport)
+    return Trainer(plan, task, world, transport)
 
 
 def check_layout(settings: Settings, world: World) -> None:
@@ -73,7 +103,7 @@ def choose_cut(settings: Settings, task: Task, world: World, say: Say) -> tuple[
         return cut_points(task.model, settings.partition, rows)
     world.connect()
     found: Any = None
-    if world.rank == 0:
+    if world.rank == 0 and not world.late:
         found = _try(lambda: _balanced(settings, task, world, rows, bandwidth, say))
     found = world.broadcast_from_zero(found)
     if isinstance(found, UserError):
@@ -128,7 +158,7 @@ def describe_run(plan: RunPlan, world: World) -> str:
 def export(trainer: Trainer) -> None:
     """Writes the whole model to --export, by way of a checkpoint: that is where the stages come together."""
     settings, world = trainer.settings, trainer.world
-    if settings.export is None or world.pipeline != 0:
+    if settings.export is None or world.pipeline != trainer.saver:
         return
     folder = Path(settings.export + ".parts")
     updates = trainer.calendar.updates_after(trainer.batches)
@@ -153,10 +183,9 @@ def finish(trainer: Trainer, say: Say) -> None:
     trainer.transport.close()
     if gathered is not None:
         reports = [RankReport.from_values(each["report"]) for each in gathered]
-        drawn = gathered[world.num_stages - 1]
+        drawn = next((each for each in gathered if each["curve"]), gathered[-1])  # a last stage's
         write_reports(trainer.settings.out, reports, curve=drawn["curve"], validations=drawn["validations"], say=say)
     world.barrier()
-    world.close()
 
 
 def say_on_rank_zero(world: World) -> Say:

@@ -6,10 +6,11 @@ Only last stages know losses. The one of pipeline 0 speaks; those of the other p
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class Journal:
     """The log of one last stage.
 
     Args:
-        speaks: whether this is the one that prints and writes (pipeline 0).
+        speaks: whether this is the one that prints and writes; it may become so later.
         sum_over_pipelines: adds up a dict of sums over the last stages of all pipelines; all of them call it.
     """
 
@@ -40,7 +41,7 @@ class Journal:
         settings: Settings,
         calendar: Calendar,
         *,
-        speaks: bool,
+        speaks: Callable[[], bool],
         pipelines: int,
         rate: LearningRate,
         sum_over_pipelines: Callable[[dict[str, float]], dict[str, float]],
@@ -54,10 +55,8 @@ class Journal:
         self._rate = rate
         self._sum_over_pipelines, self._progress = sum_over_pipelines, progress
         self._busy_s, self._device = busy_s, device
-        writers = _writers(settings, append=resumed) if speaks else ()
-        self.log = RunLog(
-            settings.task, say=say or (_print if speaks else _silent), writers=writers, replicas=pipelines
-        )
+        writers = (WhoeverSpeaks(speaks, lambda first: _writers(settings, append=resumed or not first)),)
+        self.log = RunLog(settings.task, say=say or self._say, writers=writers, replicas=pipelines)
         self._window = Window()
         self._epoch_sums: dict[str, float] = {}
         self._window_start = self._epoch_start = perf_counter()
@@ -108,7 +107,7 @@ class Journal:
         )
         self._window_start, self._window_busy = now, busy
 
-    def _close_epoch(self, batches: int) -> None:
+    def _close_epoch(self, batches: int, extra: Mapping[str, float] = MappingProxyType({})) -> None:
         sums = self._sum_over_pipelines(self._epoch_sums)
         update = self._calendar.updates_after(batches)
         self.log.epoch(
@@ -117,6 +116,7 @@ class Journal:
             sums=sums,
             lr=self._rate(update - 1),
             seconds=perf_counter() - self._epoch_start,
+            **extra,
         )
         if self._calendar.ends_epoch(batches):  # else the run ends here, and a resumed one finishes the epoch
             self._epoch_sums = {}
@@ -129,7 +129,7 @@ class Journal:
         self.log.validation(epoch=epoch, update=self._calendar.updates_after(batches), sums=total)
 
     def _show_progress(self, batches: int) -> None:
-        if self._speaks:
+        if self._speaks():
             epoch = (batches - 1) // self._calendar.batches_per_epoch
             text = f"epoch {epoch + 1}/{self._settings.epochs}"
             if self.log.curve:
@@ -146,12 +146,76 @@ class Journal:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` of the checkpointed run returned."""
-        self._epoch_sums = dict(state["epoch_sums"]) if self._speaks else {}
+        self._epoch_sums = dict(state["epoch_sums"]) if self._speaks() else {}
         self.log.curve = [(x, y) for x, y in state["curve"]]
         self.log.validations = [(x, y) for x, y in state["validations"]]
 
     def close(self) -> None:
         self.log.close()
+
+    def _say(self, line: str) -> None:
+        if self._speaks():
+            _print(line)
+
+
+class ElasticJournal(Journal):
+    """The log of a last stage whose pipeline does as much as it can: windows of its own batches, epochs of all.
+
+    The speed is that of the whole job: tickets of all pipelines passed by while this one did its own.
+    """
+
+    _own = 0
+    _window_ticket = 0
+    _last_ticket = -1
+    _last_batches = 0
+
+    def progressed(self, batches: int, ticket: int, sums: dict[str, Tensor]) -> None:
+        """An update is made; the whole job has come to `ticket`, which is of the calendar's batch `batches`."""
+        self._window.add(**sums)
+        self._own += 1
+        self._last_ticket, self._last_batches = max(ticket, self._last_ticket), max(batches, self._last_batches)
+        self._show_progress(self._last_batches)
+        if self._own % self._settings.disp_batches == 0:
+            self._end_window(self._last_batches)
+
+    def _end_window(self, batches: int) -> None:
+        own, self._own = self._own, 0
+        self.log.replicas = max(1.0, (self._last_ticket + 1 - self._window_ticket) / own)
+        self._window_ticket = self._last_ticket + 1
+        self._close_window(batches, (batches - 1) % self._calendar.batches_per_epoch + 1)
+
+    def stopped(self, batches: int, mixing: Mapping[str, float]) -> None:
+        """A segment is over at the calendar's `batches`; all last stages call this."""
+        if self._own:
+            self._end_window(batches)
+        self._last_batches = batches
+        if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:
+            self._close_epoch(batches, mixing)
+
+
+class WhoeverSpeaks:
+    """A writer that opens the real ones when this rank has something to write for the first time.
+
+    Args:
+        open_writers: whether it is the first event of the run -> the writers.
+    """
+
+    def __init__(self, speaks: Callable[[], bool], open_writers: Callable[[bool], tuple[Writer, ...]]) -> None:
+        self._speaks, self._open = speaks, open_writers
+        self._events = 0
+        self._writers: tuple[Writer, ...] | None = None
+
+    def write(self, event: str, values: Mapping[str, Any]) -> None:
+        self._events += 1
+        if self._speaks():
+            if self._writers is None:
+                self._writers = self._open(self._events == 1)
+            for writer in self._writers:
+                writer.write(event, values)
+
+    def close(self) -> None:
+        for writer in self._writers or ():
+            writer.close()
 
 
 def _writers(settings: Settings, *, append: bool) -> tuple[Writer, ...]:
@@ -164,7 +228,3 @@ def _writers(settings: Settings, *, append: bool) -> tuple[Writer, ...]:
 def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _silent(line: str) -> None:
-    return None

@@ -35,6 +35,7 @@ class Channel(Protocol):
     def lookup(self, key: str, *, timeout_s: float) -> str: ...
     def progress(self, done: int, total: int, text: str) -> None: ...
     def failed(self, message: str, *, secondary: bool) -> None: ...
+    def elastic(self, min_replicas: int) -> None: ...
 
 
 class Networks(dict[str, tuple[str, ...]]):
@@ -211,6 +212,28 @@ def _published_store(me: Identity, control: Channel, address: str, *, timeout_s:
     except TimeoutError as error:
         raise PeerLost(f"waited {timeout_s:g} s for {rank_zero} to say where it listens") from error
     return _connect((host, port), timeout_s=timeout_s, rank_zero=rank_zero)
+
+
+def pipeline_store(
+    control: Channel, address: str, here: Networks, *, name: str, serves: bool, timeout_s: float
+) -> Store:
+    """A store of one pipeline, held by its first stage; sets the interface variables.
+
+    Raises:
+        PeerLost: the first stage did not say in time where it is.
+    """
+    set_interface(os.environ, address, here)
+    try:
+        if serves:
+            store, place = _serve(address, timeout_s)
+            control.publish(f"{STORE_KEY} of {name}", json.dumps(place))
+            return store
+        host, port = json.loads(control.lookup(f"{STORE_KEY} of {name}", timeout_s=timeout_s))
+    except ConnectionError as error:
+        raise PeerLost(f"the launcher went away: {error}") from error
+    except TimeoutError as error:
+        raise PeerLost(f"waited {timeout_s:g} s for the first stage of {name} to say where it listens") from error
+    return _connect((host, port), timeout_s=timeout_s, rank_zero=f"the first stage of {name}")
 
 
 def _mpi_store(me: Identity, here: Networks, *, timeout_s: float, rank_zero: str) -> tuple[Store, str]:

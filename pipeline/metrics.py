@@ -177,7 +177,17 @@ class TensorBoard:
 
     TAGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         {
-            "train": {"loss": "Train/loss", "acc": "Train/acc", "partner": "Train/Partner"},
+            "train": {
+                "loss": "Train/loss",
+                "acc": "Train/acc",
+                "partner": "Train/Partner",
+                "waited_s": "Replicas/waited_s",
+                "staleness": "Replicas/staleness",
+                "distance": "Replicas/distance",
+                "mixed_bytes": "Replicas/bytes_sent",
+                "lost": "Replicas/lost",
+            },
+            "consensus": {"distance": "Replicas/consensus_distance"},
             "validation": {"loss": "Validation/loss", "acc": "Validation/acc"},
             "window": {
                 "samples_per_s": "Performance/samples_per_s",
@@ -199,7 +209,7 @@ class TensorBoard:
             raise UserError(f"--runs: {directory} cannot be written ({error.strerror})") from None
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        step = values.get("update" if event == "window" else "epoch", 0)
+        step = values.get("update" if event in ("window", "consensus") else "epoch", 0)
         for name, tag in self.TAGS.get(event, {}).items():
             if name in values:
                 self._writer.add_scalar(tag, values[name], step)
@@ -223,12 +233,12 @@ class RunLog:
     """
 
     def __init__(
-        self, task: str, *, say: Callable[[str], None], writers: tuple[Writer, ...] = (), replicas: int = 1
+        self, task: str, *, say: Callable[[str], None], writers: tuple[Writer, ...] = (), replicas: float = 1
     ) -> None:
         self._task = TASKS[task]
         self.say = say
         self._writers = writers
-        self._replicas = replicas  # that train as fast as this one; speeds are of the whole job
+        self.replicas = replicas  # that train as fast as this one; speeds are of the whole job
         self._update = 0
         self.curve: list[tuple[float, float]] = []
         self.validations: list[tuple[float, float]] = []
@@ -248,7 +258,7 @@ class RunLog:
         """`batch` batches of the epoch and `update` updates of the run are done; `rows` are those of the window."""
         sums = rows.sums()
         means = self._task.means(sums)
-        speed = self._replicas * sums["samples"] / seconds if seconds > 0 else 0.0
+        speed = self.replicas * sums["samples"] / seconds if seconds > 0 else 0.0
         metric, key = self._task.metric
         self.say(speed_line(epoch, batch, samples_per_s=speed, metric=metric, value=means[key]))
         values = {"samples_per_s": speed, "step_s": seconds / max(1, update - self._update), **means, "lr": lr}

@@ -42,6 +42,8 @@ BOXES: tuple[tuple[str, str, frozenset[str]], ...] = (
     ("backward", "#54a24b", frozenset({"B"})),
     ("update", "#e45756", frozenset({"U"})),
     ("reduce over replicas", "#b279a2", frozenset({"R", "N"})),
+    ("mix with replicas", "#9d755d", frozenset({"X"})),
+    ("wait for a group", "#ff9da6", frozenset({"W"})),
     ("load data", "#f2cf5b", frozenset({"L"})),
 )
 OTHER = ("wait, send, receive", "#d8d8d8")
@@ -65,6 +67,7 @@ class RankReport:
     versions: int
     peak_bytes: int
     bytes_sent: int
+    mixing: Mapping[str, Any] | None = None  # what was mixed with replicas: groups (size -> times), waited_s, ...
     busy_s: float | None = None  # of `seconds`, spent computing; None: judged by the spans of the last steps
     spans: tuple[Span, ...] = ()
 

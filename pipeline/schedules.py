@@ -112,6 +112,31 @@ def with_reduce(order: Iterable[Action]) -> Program:
     yield from held
 
 
+def with_mixing(order: Iterable[Action]) -> Program:
+    """Mixes weights with other replicas after every update; asks for partners before the backward that leads to it.
+
+    F5 B5 U5  ->  F5 J5 B5 U5 W5 X5
+    """
+    held: list[Action] = []  # the last backward seen and what follows it
+    for action in order:
+        if action.op is Op.BACKWARD:
+            yield from held
+            held = [action]
+        elif action.op is Op.UPDATE:
+            microbatch = action.microbatch
+            yield Action(Op.JOIN, microbatch)
+            yield from held
+            yield action
+            yield Action(Op.WAIT, microbatch)
+            yield Action(Op.MIX, microbatch)
+            held = []
+        elif held:
+            held.append(action)
+        else:
+            yield action
+    yield from held
+
+
 def with_norm(order: Iterable[Action]) -> Program:
     """Agrees on the norm of the whole gradient before every update."""
     for action in order:
@@ -188,8 +213,9 @@ class Shape:
     """What a program depends on besides the schedule's name.
 
     microbatches: of one batch (1 for pipedream, whose unit is the batch). accumulate: batches per update; the last
-    update of an epoch of `batches_per_epoch` may have fewer. replicas: how many pipelines share the gradients. norm:
-    agree on the gradient's norm before updates. tie: (owner stage, borrower stage) of a shared parameter, or None.
+    update of an epoch of `batches_per_epoch` may have fewer. replicas: how many pipelines share the gradients. mixing:
+    weights are mixed with other replicas after updates. norm: agree on the gradient's norm before updates. tie: (owner
+    stage, borrower stage) of a shared parameter, or None.
     """
 
     stages: int
@@ -197,6 +223,7 @@ class Shape:
     accumulate: int = 1
     batches_per_epoch: int | None = None
     replicas: int = 1
+    mixing: bool = False
     norm: bool = False
     tie: tuple[int, int] | None = None
 
@@ -209,15 +236,17 @@ class Shape:
         return (within + 1) % self.accumulate == 0 or within + 1 == self.batches_per_epoch
 
 
-def updates_of(schedule: Schedule, shape: Shape, stage: int, feed: Sequence[int]) -> Program:
+def updates_of(schedule: Schedule, shape: Shape, stage: int, feed: Iterable[int]) -> Program:
     """Forwards, backwards and updates of one stage: the schedule before anything is said about communication."""
     window = schedule.window(stage, shape.stages, shape.microbatches)
     order = flushed(feed, window, shape.microbatches) if schedule.flushes else compute_order(feed, window)
     return with_updates(order, shape.ends_update)
 
 
-def program(schedule: Schedule, shape: Shape, stage: int, feed: Sequence[int]) -> Program:
+def program(schedule: Schedule, shape: Shape, stage: int, feed: Iterable[int]) -> Program:
     """Everything stage `stage` does for the micro-batches numbered in `feed`, in order.
+
+    `feed` may be endless, or end where nobody knew beforehand; it must be iterable more than once.
 
     >>> from pipeline.actions import render
     >>> render(program(SCHEDULES["pipedream"], Shape(stages=2), 1, range(2)))
@@ -232,6 +261,8 @@ def program(schedule: Schedule, shape: Shape, stage: int, feed: Sequence[int]) -
             order = with_borrowed_weights(order, updates_of(schedule, shape, owner, feed))
     if shape.replicas > 1:
         order = with_reduce(order)
+    if shape.mixing:
+        order = with_mixing(order)
     if shape.norm:
         order = with_norm(order)
     return with_transfers(order, stage, shape.stages)

@@ -13,7 +13,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from pipeline.emulation import parse_emulate
 from pipeline.errors import UserError
+from pipeline.hetero import parse_profile
+from pipeline.units import bytes_per_second
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -166,6 +169,7 @@ class Settings:
         _check_schedule(self)
         _check_learning_rate(self)
         _check_replicas(self)
+        _check_simulated(self)
         _check_files(self)
 
     @property
@@ -217,23 +221,12 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_UNITS = {
-    "": 1.0,
-    "B": 1.0,
-    **{f"{prefix}B": 1000.0**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}BIT": 1000.0**power / 8 for power, prefix in enumerate("KMGT", 1)},
-}
-
-
 def parse_bandwidth(text: str) -> float:
     """Bytes per second from '12.3GB', '10Gbit', '500MB/s' or '1e9'; raises `UserError`."""
-    word = text.strip().upper().removesuffix("/S")
-    number = word.rstrip("BITKMG") if not word.endswith("TB") else word[:-2]
     try:
-        value = float(number) * _UNITS[word[len(number) :].strip()]
-    except (ValueError, KeyError):
+        return bytes_per_second(text)
+    except ValueError:
         raise UserError(f"--bandwidth {text}: expected bytes per second, as in 1e9, 12.3GB or 10Gbit") from None
-    return value
 
 
 def parse_milestones(text: str) -> tuple[int, ...]:
@@ -390,6 +383,16 @@ def _check_replicas(settings: Settings) -> None:
         raise UserError(
             f"--amp fp16 with {option(settings.synchroniser)}: replicas would scale their losses differently; use bf16"
         )
+
+
+def _check_simulated(settings: Settings) -> None:
+    """What simulations are asked for is written correctly; files are read where training begins."""
+    if settings.hetero is not None:
+        parse_profile(settings.hetero)
+    if settings.emulate is not None:
+        parse_emulate(settings.emulate)
+        if settings.compile:
+            raise UserError("--compile with --emulate: waiting cannot be compiled; give one")
 
 
 def _check_files(settings: Settings) -> None:

@@ -346,6 +346,32 @@ class Stage:
         self._leaves_of[id(version)] = groups
         return groups
 
+    # --- mixing with replicas
+
+    def writable_weights(self) -> Tensor:
+        """The newest weights as one flat tensor, (n,), to be written to; micro-batches in flight keep theirs."""
+        if self.weights.make_writable():
+            self._follow_newest()
+        return self.weights.newest.flat
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """The optimiser's state that is shaped like its parameter (momentum, moments), in the order of parameters."""
+        tensors = []
+        for leaf, state in zip(self.weights.newest.leaves, self._optimizer_state, strict=True):
+            values = [state[key] for key in sorted(state)]
+            tensors += [value for value in values if isinstance(value, Tensor) and value.shape == leaf.shape]
+        return tensors
+
+    def reset_momentum(self) -> None:
+        """Sets that state to zero."""
+        tensors = self.optimizer_tensors()
+        if tensors:
+            torch._foreach_zero_(tensors)
+
+    def floating_buffers(self) -> list[Tensor]:
+        """Running means and variances, live."""
+        return [b for _, module in self.modules for b in module.buffers() if b.is_floating_point()]
+
     # --- evaluation and state
 
     @torch.no_grad()
@@ -406,6 +432,28 @@ class Stage:
                     like = leaf.detach() if shape == slot.shape else torch.zeros(shape)
                     memory[name] = torch.zeros_like(like)
         return memory
+
+    @torch.no_grad()
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Becomes the stage whose `state` this is, bit for bit; micro-batches in flight keep the weights they have.
+
+        Raises:
+            ValueError: the state of another stage or model.
+        """
+        self.writable_weights()
+        mine = self.model_state()
+        missing = mine.keys() - state.keys()
+        if missing:
+            raise ValueError(f"the state of another stage was given: it has no {sorted(missing)[0]}")
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+        for values in self._optimizer_state:
+            values.clear()
+        optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optim.")}
+        memory = self.empty_optimizer_state({name: tensor.shape for name, tensor in optimizer.items()})
+        for name, tensor in memory.items():
+            tensor.copy_(optimizer[name])
+        self.load_optimizer_state(memory)
 
     def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
         """Puts 'optim.NAME.KEY' tensors where the optimiser will look for them."""

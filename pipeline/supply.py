@@ -54,8 +54,7 @@ class TargetSupply:
         return self._ready.pop(microbatch), self._counts
 
     def _fetch_update(self) -> None:
-        while True:
-            number, tensors = next(self._feed)
+        for number, tensors in self._feed:
             self._ready[number] = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
             if self._ends_update(number):
                 break

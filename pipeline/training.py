@@ -80,9 +80,17 @@ class RunPlan:
 
 
 def plan_run(
-    settings: Settings, task: Task, counts: tuple[int, ...], *, pipelines: int, say: Callable[[str], None]
+    settings: Settings,
+    task: Task,
+    counts: tuple[int, ...],
+    *,
+    pipelines: int,
+    say: Callable[[str], None],
+    elastic: bool = False,
 ) -> RunPlan:
     """Settles the run and proves, before anything is started, that its programs fit together.
+
+    `elastic`: how many batches a pipeline does is not known beforehand, and replicas mix weights after updates.
 
     Raises:
         UserError: settings that contradict each other or the data.
@@ -102,8 +110,9 @@ def plan_run(
         stages=len(counts),
         microbatches=settings.num_microbatches,
         accumulate=settings.accumulate,
-        batches_per_epoch=data.batches_per_epoch,
-        replicas=pipelines,
+        batches_per_epoch=None if elastic else data.batches_per_epoch,
+        replicas=1 if elastic and settings.elastic else pipelines,
+        mixing=elastic and settings.elastic,
         norm=settings.clip_grad_norm is not None or settings.amp == "fp16",
         tie=(tie.owner, tie.borrower) if tie else None,
     )
@@ -137,6 +146,8 @@ class Trainer:
         self.data = data_plan(self.settings, task.train.size, pipelines=world.num_pipelines, pipeline=world.pipeline)
         self.stage = self._make_stage()
         self.batches = 0  # that have gone through
+        self.over = False  # whether the job has ended without this rank
+        self.saver = 0  # the pipeline that writes checkpoints
         self.reducer = self._make_reducer()
         self.rate = make_learning_rate(self.settings, updates_per_epoch=self.calendar.updates_per_epoch)
         self.clock = self._make_clock()
@@ -144,10 +155,7 @@ class Trainer:
             learning_rate=self.rate, updated=self._updated, record=self.recorder.record if self.clock is None else None
         )
         self._end_step = self.recorder.end_step if self.clock is None else self.clock.end_step
-        self.executor = Executor(
-            self.stage, transport, position=self.position, stages=self.stages,
-            hooks=self.hooks, reducer=self.reducer, tie=plan.tie, clock=self.clock,
-        )  # fmt: skip
+        self.executor = self._make_executor()
         self.journal = self._make_journal() if self.is_last else None
         self.seconds = 0.0
         self.samples = 0
@@ -161,6 +169,19 @@ class Trainer:
         if self.world.device.type != "cuda":
             return None
         return cuda_clock(self.world.device, record=self.recorder.record, end_step=self.recorder.end_step)
+
+    def _make_executor(self, **more: Any) -> Executor:
+        return Executor(
+            self.stage,
+            self.transport,
+            position=self.position,
+            stages=self.stages,
+            hooks=self.hooks,
+            reducer=self.reducer,
+            tie=self.plan.tie,
+            clock=self.clock,
+            **more,
+        )
 
     def _make_stage(self) -> Stage:
         settings, schedule = self.settings, self.plan.schedule
@@ -203,7 +224,7 @@ class Trainer:
         return Journal(
             self.settings,
             self.calendar,
-            speaks=self.world.pipeline == 0,
+            speaks=lambda: self.world.pipeline == 0,
             pipelines=self.world.num_pipelines,
             rate=self.rate,
             sum_over_pipelines=self.world.sum_over_pipelines,
@@ -225,7 +246,7 @@ class Trainer:
             self._average_buffers()
             started = perf_counter()
             if self.calendar.validates(self.batches):
-                self._validate()
+                self._validate(pipelines=self.world.num_pipelines, pipeline=self.world.pipeline)
             if self.calendar.checkpoints(self.batches):
                 self.save()
             if self.journal is not None:
@@ -298,7 +319,7 @@ class Trainer:
         """Running statistics of BatchNorm become the mean over the replicas, who have seen different samples."""
         if self.world.num_pipelines == 1:
             return
-        buffers = [b for _, module in self.stage.modules for b in module.buffers() if b.is_floating_point()]
+        buffers = self.stage.floating_buffers()
         if not buffers:
             return
         flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -307,13 +328,14 @@ class Trainer:
         for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean.view_as(buffer))
 
-    def _validate(self) -> None:
+    def _validate(self, *, pipelines: int, pipeline: int) -> None:
+        """Pipeline `pipeline` of the `pipelines` that take part does its share."""
         assert self.task.val is not None
         plan = ValidationPlan(
             size=self.task.val.size,
             batch_size=self.settings.batch_size,
-            pipelines=self.world.num_pipelines,
-            pipeline=self.world.pipeline,
+            pipelines=pipelines,
+            pipeline=pipeline,
         )
         hooks = self._validation_hooks(plan)
         training, self.executor.hooks = self.executor.hooks, hooks
@@ -335,9 +357,9 @@ class Trainer:
         return hooks
 
     def save(self) -> None:
-        """Writes a checkpoint: the stages of pipeline 0, whose weights are those of every pipeline."""
+        """Writes a checkpoint: the stages of one pipeline, whose weights are those of every pipeline."""
         journal = self.journal.state() if self.journal is not None else None
-        if self.world.pipeline != 0 or self.settings.checkpoint is None:
+        if self.saver != self.world.pipeline or self.settings.checkpoint is None:
             return
         updates = self.calendar.updates_after(self.batches)
         values = {
@@ -350,7 +372,7 @@ class Trainer:
             "partition": list(self.plan.counts),
             "journal": self.world.from_last_stage(journal),
         }
-        checkpoint.save(
+        folder = checkpoint.save(
             self.settings.checkpoint,
             updates,
             tensors=self.stage.state(),
@@ -358,6 +380,8 @@ class Trainer:
             keep=self.settings.keep,
             group=self.world.pipeline_group(),
         )
+        if self.world.control is not None and self.position == 0:
+            self.world.control.publish("last checkpoint", str(folder))
 
     def _data_values(self) -> dict[str, int]:
         return {"samples": self.task.train.size, "pipelines": self.world.num_pipelines}

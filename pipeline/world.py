@@ -141,9 +141,10 @@ class World:
         self.device = _torch_device(self._workers[self.rank].device, warn=me.local_rank == 0)
         self.shares_gpu = self.device.type == "cuda" and _is_shared(placement, self._workers[self.rank].device)
         self.oversubscribed = me.local_size > len(_own_cores())  # more ranks than cores here: nobody may spin
+        self.late = False  # whether the others are already training; known after connect()
         self.uses_nccl = False  # whether replicas() may reduce on GPUs through NCCL; known after connect()
         self._hosts = tuple(worker.device.host for worker in self._workers)
-        self._control = control
+        self.control = control
         self._store: Any = None
         self._replicas: Any = None
         self._pipeline_group: Any = None
@@ -184,7 +185,7 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         store, self.address = open_store(
-            self.identity, self._control, timeout_s=self.timeout_s, rank_zero=self._name([0])
+            self.identity, self.control, timeout_s=self.timeout_s, rank_zero=self._name([0])
         )
         self._store = PrefixStore(f"heturun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         peers = self._wait_for_all()
@@ -350,7 +351,7 @@ class World:
     def progress(self, done: int, total: int, text: str) -> None:
         """Shows how far the job is: through the launcher, or here if stderr is a terminal."""
         if self._progress is None:
-            self._progress = make_progress(self._control, sys.stderr)
+            self._progress = make_progress(self.control, sys.stderr)
         self._progress.show(done, total, text)
 
     def close(self) -> None:

@@ -16,6 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HETURUN = (sys.executable, "-m", "heturun")
+WITH_COORDINATOR = (
+    "import sys; from heturun.__main__ import main; sys.exit(main(sys.argv[5:], coordinator=sys.argv[1:5]))"
+)
 LIMIT_S = 60.0
 
 
@@ -73,12 +76,20 @@ class RunningJob:
 
 
 @contextmanager
-def job(*arguments: str, code: str, more: Sequence[str] = (), **popen: Any) -> Iterator[RunningJob]:
-    """heturun with `code` on every rank, in the background; killed in the end if it is still there."""
+def job(
+    *arguments: str, code: str, more: Sequence[str] = (), coordinator: str | None = None, **popen: Any
+) -> Iterator[RunningJob]:
+    """heturun with `code` on every rank, in the background; killed in the end if it is still there.
+
+    `coordinator`: what the coordinator runs instead of the real one.
+    """
     marker = f"job-{secrets.token_hex(8)}"
+    starter = HETURUN
+    if coordinator is not None:
+        starter = (sys.executable, "-c", WITH_COORDINATOR, *program(coordinator), marker)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed launcher cannot tidy up
         process = subprocess.Popen(
-            [*HETURUN, *arguments, *program(code), marker, *more],
+            [*starter, *arguments, *program(code), marker, *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -206,7 +206,7 @@ def test_the_environment_has_the_users_paths_and_one_thread_unless_told_otherwis
 
 def after(*events: tuple[float, Event], size: int = 2) -> Outcome:
     """What is known after events at their times."""
-    outcome = Outcome(size)
+    outcome = Outcome(range(size))
     for now, event in events:
         outcome = outcome.after(event, now)
     return outcome

@@ -102,5 +102,5 @@ def test_the_text_form_is_read_back(actions: list[Action]) -> None:
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(UserError, match=r"unknown schedule 'hetpipe'; choose from \['gpipe'"):
         find_schedule("hetpipe")
-    with pytest.raises(ValueError, match="'X3' is not an action"):
-        parse("F0 X3")
+    with pytest.raises(ValueError, match="'Z3' is not an action"):
+        parse("F0 Z3")

@@ -7,7 +7,7 @@ from queue import Empty, Queue
 
 from torch import Tensor
 
-from pipeline.transport.protocol import Tensors, Who
+from pipeline.transport.protocol import CHANNELS, Tensors, Who
 
 Queues = defaultdict[tuple[int, int, str], "Queue[tuple[int, Tensors]]"]
 
@@ -54,6 +54,6 @@ def local_transports(
     queues: Queues = defaultdict(Queue)
     for source in range(stages):  # made here, so that threads only look them up
         for to in range(stages):
-            for channel in "AGTWN":
+            for channel in CHANNELS:
                 queues[source, to, channel]
     return [LocalTransport(Who(stage, pipeline, hosts), queues, timeout_s=timeout_s) for stage in range(stages)]

@@ -19,6 +19,7 @@ CHANNELS: Mapping[str, str] = {
     "T": "tied gradient",
     "W": "tied weight",
     "N": "norm",
+    "C": "ticket",
 }
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -1,0 +1,284 @@
+"""What an elastic job survives: one `Outcome` per pipeline; events and times in, orders and a verdict out.
+
+a failure before "elastic" was said       the end of the job, as `outcome` has it
+after it: rank 4 of pipeline 2 fails      Tell the coordinator, at once
+          why is known                    GiveUp the other ranks; the end of the job if too few pipelines go on
+          all its ranks are closed        Gone; Restart, if that is allowed and somebody is left to copy from
+the coordinator fails                     the workers get LAST_CHECKPOINT_S to end by themselves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import NamedTuple
+
+from heturun.outcome import Elastic, Event, Lost, Outcome, Published, Signalled, Verdict
+
+COORDINATOR = "coordinator"  # under this key it publishes its address
+LAST_CHECKPOINT_S = 60.0  # for the workers to write a checkpoint when the coordinator is lost
+
+
+class Rules(NamedTuple):
+    """What the user allows.
+
+    min_replicas: fewer pipelines are an error (None: as the processes say). max_restarts: of each pipeline.
+    start_s: for the processes of a restarted pipeline to check in.
+    """
+
+    min_replicas: int | None = None
+    max_restarts: int = 0
+    start_s: float = 60.0
+
+
+class Tell(NamedTuple):
+    """Tell the coordinator that this incarnation of a pipeline is lost."""
+
+    pipeline: int
+    incarnation: int
+    message: str
+
+
+class GiveUp(NamedTuple):
+    """Say why a pipeline is lost and how many go on, and end those of its ranks that are still there."""
+
+    pipeline: int
+    incarnation: int
+    verdict: Verdict
+    left: int
+
+
+class Gone(NamedTuple):
+    """Nothing of a lost pipeline runs any more; what started it may end."""
+
+    pipeline: int
+    incarnation: int
+
+
+class Restart(NamedTuple):
+    """Start the processes of a pipeline again, in this incarnation."""
+
+    pipeline: int
+    incarnation: int
+
+
+Order = Tell | GiveUp | Gone | Restart
+
+
+class TooFew(NamedTuple):
+    """The end of an elastic job: `left` pipelines, though `wanted` are needed; and the first loss."""
+
+    left: int
+    wanted: int
+    first: Verdict
+
+
+class Loss(NamedTuple):
+    """A pipeline was lost, and why."""
+
+    pipeline: int
+    incarnation: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One pipeline: what is known of its ranks in their present incarnation, and how far its loss was dealt with."""
+
+    number: int
+    outcome: Outcome
+    incarnation: int = 0
+    start_by: float = inf
+    told: bool = False
+    lost: bool = False
+    gone: bool = False
+
+    def after(self, event: Event, now: float) -> Pipeline:
+        """With one more event; those of an earlier incarnation change nothing."""
+        if getattr(event, "incarnation", self.incarnation) != self.incarnation:
+            return self
+        return replace(self, outcome=self.outcome.after(event, now))
+
+    def at(self, now: float) -> Pipeline:
+        """At a time when those who have not started may have to be given up."""
+        missing = self.outcome.missing
+        if self.lost or now < self.start_by or not missing:
+            return self
+        return self.after(Lost(missing, "it did not start in time", self.incarnation), now)
+
+    def again(self, start_by: float) -> Pipeline:
+        """The next incarnation, of which nothing is known yet."""
+        return Pipeline(self.number, Outcome(self.outcome.ranks), self.incarnation + 1, start_by)
+
+    @property
+    def runs(self) -> bool:
+        return not self.lost and not self.outcome.over
+
+    def look_again_at(self, now: float) -> float | None:
+        if self.lost:
+            return None
+        start_by = self.start_by if self.outcome.missing else inf
+        return min(start_by, self.outcome.look_again_at(now) or inf)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All pipelines of a job and its coordinator.
+
+    Attributes:
+        whole: all ranks as one, which is what counts until the job is elastic.
+        coordinator: the pseudo-process, whether it was started or not.
+        elastic: the least number of replicas that the processes asked for; None while no loss is survivable.
+        coordinated: whether the coordinator has published its address.
+        losses: so far, in their order.
+    """
+
+    pipelines: tuple[Pipeline, ...]
+    whole: Outcome
+    coordinator: Outcome
+    rules: Rules
+    elastic: int | None = None
+    coordinated: bool = False
+    losses: tuple[Loss, ...] = ()
+
+    @classmethod
+    def of(cls, pipelines: Sequence[Collection[int]], *, coordinator: int, rules: Rules) -> Fleet:
+        """A job of which nothing is known yet, from the ranks of its pipelines."""
+        return cls(
+            pipelines=tuple(Pipeline(number, Outcome(tuple(ranks))) for number, ranks in enumerate(pipelines)),
+            whole=Outcome(tuple(sorted(rank for ranks in pipelines for rank in ranks))),
+            coordinator=Outcome((coordinator,)),
+            rules=rules,
+        )
+
+    def after(self, event: Event, now: float) -> Fleet:
+        """What is known after one more event, which arrived at time `now`."""
+        if isinstance(event, Elastic):
+            begins = self.elastic is None and not self.whole.complaints
+            return replace(self, elastic=event.min_replicas) if begins else self
+        if isinstance(event, Published):
+            return replace(self, coordinated=True) if event.key == COORDINATOR else self
+        if isinstance(event, Signalled):
+            return self
+        return replace(
+            self,
+            pipelines=tuple(pipeline.after(event, now) for pipeline in self.pipelines),
+            whole=self.whole.after(event, now),
+            coordinator=self.coordinator.after(event, now),
+        )
+
+    # --- orders
+
+    def orders(self, now: float) -> tuple[Fleet, list[Order]]:
+        """What is to be done now about pipelines that were lost, and the fleet after it."""
+        if self.elastic is None or self.coordinator.complaints:
+            return self, []
+        fleet, orders = self, list[Order]()
+        for pipeline in self.pipelines:
+            fleet, more = fleet._orders(pipeline.at(now), now)
+            orders += more
+        return fleet, orders
+
+    def _orders(self, pipeline: Pipeline, now: float) -> tuple[Fleet, list[Order]]:
+        fleet, orders, known = self, list[Order](), (pipeline.number, pipeline.incarnation)
+        if pipeline.outcome.complaints and not pipeline.told:
+            pipeline = replace(pipeline, told=True)
+            orders.append(Tell(*known, pipeline.outcome.complaints[0].message or "a process ended"))
+        verdict = None if pipeline.lost else pipeline.outcome.verdict(now)
+        if verdict is not None:
+            pipeline = replace(pipeline, lost=True)
+            fleet = replace(fleet._with(pipeline), losses=(*fleet.losses, Loss(*known, verdict)))
+            orders.append(GiveUp(*known, verdict, fleet.left))
+        if pipeline.lost and not pipeline.gone and pipeline.outcome.over:
+            pipeline = replace(pipeline, gone=True)
+            orders.append(Gone(*known))
+            if fleet._may_restart(pipeline):
+                pipeline = pipeline.again(now + self.rules.start_s)
+                orders.append(Restart(pipeline.number, pipeline.incarnation))
+        return fleet._with(pipeline), orders
+
+    def _with(self, changed: Pipeline) -> Fleet:
+        return replace(self, pipelines=tuple(changed if p.number == changed.number else p for p in self.pipelines))
+
+    def _may_restart(self, pipeline: Pipeline) -> bool:
+        allowed = pipeline.incarnation < self.rules.max_restarts and self.left >= self.wanted
+        return allowed and any(other.runs for other in self.pipelines if other.number != pipeline.number)
+
+    # --- what it comes to
+
+    @property
+    def left(self) -> int:
+        """How many pipelines were not lost."""
+        return sum(not pipeline.lost for pipeline in self.pipelines)
+
+    @property
+    def wanted(self) -> int:
+        """The least number of pipelines."""
+        return max(1, self.elastic or 1) if self.rules.min_replicas is None else self.rules.min_replicas
+
+    def verdict(self, now: float) -> Verdict | TooFew | None:
+        """Why the job must end; None while it may go on."""
+        if self._coordinator_failed:
+            return self.coordinator.verdict(now) if now >= self._judged_at else None
+        if self.elastic is None:
+            return self.whole.verdict(now)
+        mistakes = (pipeline.outcome.mistake for pipeline in self.pipelines)
+        mistake = next((found for found in mistakes if found is not None), None)
+        if mistake is not None:
+            return mistake
+        return TooFew(self.left, self.wanted, self.losses[0].verdict) if self.left < self.wanted else None
+
+    @property
+    def _coordinator_failed(self) -> bool:
+        """Whether it is the coordinator's failure that ends the job."""
+        first = self.whole.complaints[0].time if self.whole.complaints and self.elastic is None else inf
+        return bool(self.coordinator.complaints) and self.coordinator.complaints[0].time <= first
+
+    @property
+    def _judged_at(self) -> float:
+        """When the coordinator's failure ends the job: the workers have ended, had their time to, or never began."""
+        failed = self.coordinator.complaints[0].time
+        return failed + LAST_CHECKPOINT_S if self.coordinated and not self.closed else failed
+
+    def look_again_at(self, now: float) -> float | None:
+        """When time alone may bring orders or a verdict."""
+        if self._coordinator_failed:
+            return self._judged_at if now < self._judged_at else self.coordinator.look_again_at(now)
+        if self.elastic is None:
+            return self.whole.look_again_at(now)
+        times = [pipeline.look_again_at(now) for pipeline in self.pipelines]
+        return min((time for time in times if time is not None and time < inf), default=None)
+
+    @property
+    def over(self) -> bool:
+        """Every rank of every pipeline has ended, for good if `orders` were asked for; the coordinator did not fail."""
+        return self.closed and not self.coordinator.complaints
+
+    @property
+    def closed(self) -> bool:
+        """Nothing of any pipeline runs."""
+        return all(pipeline.outcome.over for pipeline in self.pipelines)
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that have never started though they should have."""
+        expected = [pipeline for pipeline in self.pipelines if not pipeline.lost and pipeline.incarnation == 0]
+        return tuple(sorted(rank for pipeline in expected for rank in pipeline.outcome.missing))
+
+    def unstarted(self, ranks: Collection[int], incarnation: int) -> tuple[int, ...]:
+        """Those of `ranks` that have not started in this incarnation, which is their present one."""
+        return tuple(rank for part in self._parts(incarnation) for rank in part.missing if rank in ranks)
+
+    def open(self, ranks: Collection[int], incarnation: int) -> tuple[int, ...]:
+        """Those of `ranks` that are not through in this incarnation, which is their present one."""
+        return tuple(
+            rank
+            for part in self._parts(incarnation)
+            for rank in part.ranks
+            if rank in ranks and rank not in part.closed
+        )
+
+    def _parts(self, incarnation: int) -> list[Outcome]:
+        parts = [pipeline.outcome for pipeline in self.pipelines if pipeline.incarnation == incarnation]
+        return [*parts, self.coordinator] if incarnation == 0 else parts

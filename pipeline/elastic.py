@@ -1,0 +1,336 @@
+"""The training loop of a job whose pipelines do as much as they can, mix their weights, and may be lost and come back.
+
+    hello ── copy the first pipeline's weights ──┐                     late or fenced: copy a live replica's
+             ┌───────────────────────────────────┴───────────────┐
+    segment  │ tickets until there are none ── drain ── average  │ validate, checkpoint ── next segment ── ...
+             └────── mixing after every update ──────────────────┘
+
+A segment is the work between two stops of the calendar. It ends for a pipeline when the coordinator has no more
+tickets for it, at the same batch on all its stages; then all live replicas of a stage average, and agree again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from itertools import count
+from threading import RLock
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import schedules
+from pipeline.consensus import ConsensusProbe
+from pipeline.coordination import JobOver, Welcome
+from pipeline.elastic_world import ElasticWorld
+from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
+from pipeline.executor import Executor
+from pipeline.feed import Plan
+from pipeline.journal import ElasticJournal
+from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer
+from pipeline.reduce import NoReducer, Reducer
+from pipeline.report import RankReport
+from pipeline.segments import Segments
+from pipeline.supply import InputSupply, TargetSupply
+from pipeline.sync import Synchroniser, make_synchroniser
+from pipeline.tickets import TicketBook, TicketFeed, TicketPlan
+from pipeline.training import RunPlan, Task, Trainer
+from pipeline.transport.protocol import Transport
+from pipeline.vector import StageVector
+
+
+class ElasticTrainer(Trainer):
+    """One rank of such a job."""
+
+    world: ElasticWorld
+    journal: ElasticJournal | None
+
+    def __init__(self, plan: RunPlan, task: Task, world: ElasticWorld, transport: Transport) -> None:
+        self.guard = RLock()  # held while weights change, and while somebody copies them
+        self.book = TicketBook(
+            world.client, transport, stage=world.stage, stages=world.num_stages, accumulate=plan.settings.accumulate
+        )
+        self.common = _common_plan(plan, task)
+        super().__init__(plan, task, world, transport)
+        self.segments = self._make_segments()
+        self.segment, self.k = 0, 0
+        self.ticket = 0  # the last one that was begun here
+        self.distance = 0.0  # between this replica and the mean, at the last stop
+        self._rate_now = 0.0
+        self.hooks.rate_at = self._rate_at
+        self.probe = ConsensusProbe(
+            world.client.gather,
+            lambda: self.stage.weights.newest.flat,
+            every=self.settings.consensus_every,
+            stages=self.stages,
+            tell=self._tell_distance,
+        )
+        world.mesh.serve_state(self._provide)
+
+    def _make_segments(self) -> Segments:
+        return Segments(
+            calendar=self.calendar,
+            pipelines=self.world.num_pipelines,
+            tickets_per_epoch=self.common.batches_per_epoch,
+            start=self.batches,
+        )
+
+    # --- what is built differently
+
+    def _make_reducer(self) -> Reducer:
+        return NoReducer() if self.settings.elastic else MeshReducer(self.stage.weights, self.world.link)
+
+    def _mixing(self) -> dict[str, float]:
+        """What mixing did so far, in numbers."""
+        stats, world = self.world.stats, self.world
+        return {
+            "partner": stats.mean_size,
+            "waited_s": stats.waited_s,
+            "mixed_s": stats.mixed_s,
+            "staleness": stats.mean_staleness,
+            "distance": self.distance,
+            "mixed_bytes": world.mesh.bytes_sent,
+            "lost": len(world.lost),
+        }
+
+    def report(self) -> RankReport:
+        stats, world = self.world.stats, self.world
+        groups = {str(size): times for size, times in sorted(stats.sizes.items())}
+        mixing = {**self._mixing(), "groups": groups, "broken": stats.broken, "lost": world.lost}
+        whole = super().report()
+        return dataclasses.replace(whole, mixing=mixing, bytes_sent=whole.bytes_sent + world.mesh.bytes_sent)
+
+    def _make_executor(self, **more: Any) -> Executor:
+        self.sync = make_synchroniser(self.settings) if self.settings.elastic else None
+        self.mixer = NothingToMix() if self.sync is None else self._make_mixer(self.sync)
+        ahead = {} if self.stages > 1 else {"look_ahead": 1}  # nothing is received, and no ticket needed, ahead of time
+        return super()._make_executor(mixer=self.mixer, guard=self.guard, **ahead, **more)
+
+    def _make_mixer(self, sync: Synchroniser) -> BlockingMixer | OverlappedMixer | AsynchronousMixer:
+        settings, link = self.settings, self.world.link
+        vector = StageVector(self.stage, state=settings.sync_momentum == "average", buffers=settings.sync_buffers)
+        self._vector = vector
+        if sync.policy == "none":
+            return AsynchronousMixer(vector, sync, link, guard=self.guard)
+        rate = self._last_rate
+        if not sync.blocking:
+            return OverlappedMixer(vector, sync, link, guard=self.guard, rate=rate)
+        after = self.stage.reset_momentum if settings.sync_momentum == "reset" else _nothing
+        return BlockingMixer(vector, sync, link, guard=self.guard, rate=rate, after=after)
+
+    def _last_rate(self) -> float:
+        return self._rate_now
+
+    def _make_journal(self) -> ElasticJournal:
+        world = self.world
+        return ElasticJournal(
+            self.settings,
+            self.calendar,
+            speaks=lambda: world.pipeline == min(world.client.live, default=world.pipeline),
+            pipelines=1,
+            rate=self.rate,
+            sum_over_pipelines=world.sum_over_pipelines,
+            progress=world.progress,
+            busy_s=lambda: self.executor.busy_s,
+            device=str(world.device),
+            resumed=self.settings.resume is not None,
+        )
+
+    def _mean_over_pipelines(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return counts  # every pipeline updates on its own
+
+    # --- running
+
+    def run(self) -> None:
+        self.segments = self._make_segments()
+        if self.journal is not None:
+            self.journal.begin(self.batches)
+        try:
+            self._meet()
+            while self.segment < len(self.segments.stops):
+                try:
+                    self._run_segment()
+                except Fenced:
+                    self._rejoin()
+        except JobOver:
+            self.over = True
+        except (CoordinatorLost, TooFewReplicas):
+            self._leave_checkpoint()
+            raise
+        self.mixer.close()
+        self.world.begin_segment(len(self.segments.stops))
+
+    def _meet(self) -> None:
+        """At the start: everybody takes the first pipeline's weights, or, when late, those of a live replica."""
+        world = self.world
+        if world.late:
+            self._rejoin()
+            return
+        if self.sync is not None:
+            self.sync.begin(self._vector.read(), self.stage.weights.newest.flat.numel())
+        world.gather("serving", None, scope="stage")
+        first = min(world.live_pipelines())
+        if world.pipeline != first:
+            self._adopt(first, world.client.peers[first])
+        world.gather("copied", None, scope="stage")
+
+    def _rejoin(self) -> None:
+        """Copies a live replica until the segment that was copied is the one to go on with."""
+        world = self.world
+        while True:
+            giver, address = world.client.giver().result()
+            copied = self._adopt(giver, address)
+            welcome: Welcome = world.client.refreshed().result()
+            world.tell_mesh()
+            self.segment, self.k = welcome.segment, welcome.k
+            if copied >= welcome.segment or self.segment >= len(self.segments.stops):
+                return
+
+    def _run_segment(self) -> None:
+        world, segment = self.world, self.segment
+        world.begin_segment(segment)
+        world.client.begin(segment, *self.segments.tickets(segment))
+        self.book.begin(segment, self.k)
+        self._train()
+        if self.book.abandoned:
+            raise world.client.failure or CoordinatorLost("the coordinator is gone")
+        self._average(segment)
+        self._at_stop(segment)
+        self.segment = segment + 1
+
+    def _train(self) -> None:
+        started = perf_counter()
+        self._supply_data()
+        feed = TicketFeed(self.book, self.k, self.plan.microbatches)
+        self.executor.run(schedules.program(self.plan.schedule, self.plan.shape, self.position, feed))
+        self.transport.flush()
+        if self.clock is not None:
+            self.clock.settle()
+        assert self.book.end is not None
+        self.seconds += perf_counter() - started
+        self.k = self.book.end
+        self.mixer.drain()
+        self.probe.forget()
+
+    def _at_stop(self, segment: int) -> None:
+        """Everybody has the same weights: closes the books of the segment, validates, saves."""
+        started = perf_counter()
+        self.batches = self.segments.stops[segment]
+        live = self.world.live_pipelines()
+        if self.journal is not None:
+            self.journal.stopped(self.batches, self._mixing())
+        self.saver = min(live)
+        if self.world.pipeline not in live:
+            raise Fenced("the others agreed on going on without this pipeline")
+        if self.calendar.validates(self.batches):
+            self._validate(pipelines=len(live), pipeline=list(live).index(self.world.pipeline))
+        if self.calendar.checkpoints(self.batches):
+            self.save()
+        if self.journal is not None:
+            self.journal.paused(perf_counter() - started)
+
+    # --- data
+
+    def _supply_data(self) -> None:
+        start = self.k * self.plan.microbatches
+        plan = TicketPlan(self.common, self.book)
+        if self.position == 0:
+            self.hooks.inputs = InputSupply(
+                iter(self._feed(self.task.train.inputs, plan, start, None, self._workers()))
+            )
+        if self.is_last:
+            feed = self._feed(self.task.train.targets, plan, start, None, 0)
+            self.hooks.targets = TargetSupply(
+                iter(feed), self.task.criterion, ends_update=self.plan.shape.ends_update, device=self.world.device
+            )
+
+    def _ticket_of(self, microbatch: int) -> int:
+        ticket = self.book.ticket(microbatch // self.plan.microbatches)
+        assert ticket is not None
+        return ticket
+
+    def _rate_at(self, microbatch: int) -> float:
+        self._rate_now = self.rate(self.segments.update(self._ticket_of(microbatch)))
+        return self._rate_now
+
+    def _updated(self, microbatch: int) -> None:
+        self._end_step()
+        k = microbatch // self.plan.microbatches
+        ticket = self._ticket_of(microbatch)
+        self.ticket = ticket
+        self.samples += self.common.batch_length(ticket)
+        if self.position == 0:
+            self.world.client.done(k)
+        self.probe.updated(self.stage.updates)
+        if self.journal is not None:
+            self.journal.progressed(self.segments.batch(ticket) + 1, ticket, self.stage.take_sums())
+
+    def _tell_distance(self, update: int, distance: float) -> None:
+        if self.journal is not None:
+            self.journal.log.event("consensus", {"update": update, "distance": distance})
+
+    # --- agreeing
+
+    def _average(self, segment: int) -> None:
+        """The mean over all live replicas, statistics of BatchNorm included; tried again when one is lost meanwhile."""
+        world = self.world
+        vector = StageVector(self.stage, buffers=True)
+        mine = vector.read()
+        for attempt in count():
+            group = world.client.final(segment, attempt).result()
+            mean: Tensor | None = None
+            with suppress(GroupBroken):  # the survivors try again
+                mean = world.mesh.average(mine, group.members, group.round)
+            answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "stage").result()
+            if mean is not None and all(answer.values()):
+                self.distance = float(torch.linalg.vector_norm(mine - mean))
+                with self.guard:
+                    vector.write(mean)
+                return
+
+    def _leave_checkpoint(self) -> None:
+        """The coordinator is gone: what this pipeline has learnt is not lost. All its stages come here."""
+        if self.settings.checkpoint is None or self.world.pipeline != min(self.world.client.live, default=0):
+            return
+        calendar = self.calendar
+        self.batches = calendar.batch_after(calendar.updates_after(self.segments.batch(self.ticket)))
+        self.saver = self.world.pipeline
+        self.save()
+
+    def _provide(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a joiner copies: everything between two updates."""
+        with self.guard:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.stage.state().items()}
+            synced = {} if self.sync is None else self.sync.state()
+            tensors |= {f"sync.{name}": tensor.detach().to("cpu", copy=True) for name, tensor in synced.items()}
+            values = {"updates": self.stage.updates, "skipped": self.stage.skipped_updates, "segment": self.segment}
+        return tensors, values
+
+    def _adopt(self, giver: int, address: str) -> int:
+        """Takes over a replica's state, bit for bit; the segment it was in."""
+        tensors, values = self.world.mesh.pull_state(giver, address)
+        sync = {name.removeprefix("sync."): t for name, t in tensors.items() if name.startswith("sync.")}
+        with self.guard:
+            self.stage.adopt(tensors)
+            if self.sync is not None:
+                self.sync.load_state(sync)
+            self.stage.updates, self.stage.skipped_updates = values["updates"], values["skipped"]
+        segment: int = values["segment"]
+        return segment
+
+
+def _nothing() -> None:
+    return None
+
+
+def _common_plan(plan: RunPlan, task: Task) -> Plan:
+    """The order of all samples as one pipeline would read them: batch n of it is ticket n."""
+    settings = plan.settings
+    return Plan(
+        size=task.train.size,
+        batch_size=settings.batch_size,
+        microbatches=settings.num_microbatches,
+        seed=settings.seed,
+    )

@@ -1,0 +1,239 @@
+"""The world of a process in an elastic job: its pipeline is all it depends on; other pipelines may come and go.
+
+                 stage 0   stage 1   stage 2
+    pipeline 0      0         1         2      within a row: MPI, or torch.distributed over this row alone
+    pipeline 1      3         4         5      within a column: the mesh; across everything: the coordinator
+
+Whatever the others have to say (sums, reports) comes through the coordinator, which knows who is alive, so nobody
+waits for a pipeline that is gone. Keys are numbered within a segment, so that one who joins later counts alike.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from pipeline.coordination import Client, JobRules, Welcome
+from pipeline.errors import PeerLost
+from pipeline.meeting import choose_address, networks, open_store, pipeline_store
+from pipeline.mesh import Mesh
+from pipeline.mixer import Link, MixStats
+from pipeline.settings import Settings
+from pipeline.sync import make_synchroniser
+from pipeline.world import World
+
+T = TypeVar("T")
+
+
+class ElasticWorld(World):
+    """A `World` whose other pipelines may be lost; made from one that is not yet connected.
+
+    Attributes (after `connect`):
+        client, mesh, stats: the ways to the replicas. welcome: what the coordinator said at the start.
+    """
+
+    client: Client
+    mesh: Mesh
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        super().__init__(world.identity, world.placement, timeout_s=world.timeout_s, control=world.control)
+        self.settings = settings
+        self.incarnation = int(os.environ.get("HETURUN_INCARNATION", "0"))
+        self.stats = MixStats()
+        self.welcome = Welcome(generation=0, late=False, segment=0, k=0)
+        self.lost: list[int] = []  # pipelines, in the order of their losses
+        self._segment = "start"
+        self._calls: Counter[str] = Counter()
+        self._joined = False
+
+    # --- joining
+
+    def connect(self) -> None:
+        if self._joined:
+            return
+        self._joined = True
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._join_pipeline()
+        address, key = self._find_coordinator()
+        self.mesh = Mesh(self.pipeline, key, address=self.address, timeout_s=self.timeout_s)
+        self.client = Client(
+            address,
+            key,
+            self._rules(),
+            stage=self.stage,
+            pipeline=self.pipeline,
+            incarnation=self.incarnation,
+            mesh_address=self.mesh.address,
+            timeout_s=self.timeout_s,
+            on_lost=self._on_lost,
+            on_joined=self._on_joined,
+        )
+        self.mesh.on_broken = self.client.suspect
+        self.welcome = self.client.hello()
+        self.late = self.welcome.late
+        self.tell_mesh()
+        if self.control is not None:
+            self.control.elastic(self.settings.min_replicas)
+
+    @property
+    def link(self) -> Link:
+        return Link(self.client, self.mesh, self.stats, self.stage, self.pipeline)
+
+    def _rules(self) -> JobRules:
+        settings, stages = self.settings, range(self.num_stages)
+        policy, even = "all", True  # all-reduce
+        if settings.elastic:
+            sync = make_synchroniser(settings)
+            policy, even = sync.policy, sync.even
+        return JobRules(
+            stages=self.num_stages,
+            pipelines=self.num_pipelines,
+            policy="partial" if policy == "none" else policy,  # none: only ends of segments form groups
+            max_group=settings.max_group,
+            connect_within=settings.connect_within,
+            wait=settings.wait,
+            seed=settings.seed,
+            even=even,
+            min_replicas=settings.min_replicas,
+            heartbeat_timeout_s=settings.heartbeat_timeout,
+            hosts=tuple(
+                tuple(self._hosts[self._rank_of(p, s)] for p in range(self.num_pipelines)) for s in stages
+            ),
+        )
+
+    def _on_lost(self, pipeline: int, generation: int) -> None:
+        self.lost.append(pipeline)
+        self.tell_mesh()
+        self.mesh.lost(pipeline, generation)
+
+    def _on_joined(self, pipeline: int, generation: int) -> None:
+        self.tell_mesh()
+
+    def tell_mesh(self) -> None:
+        self.mesh.set_peers(self.client.peers, self.client.generations, self.client.generation)
+
+    def _join_pipeline(self) -> None:
+        """torch.distributed over the stages of this pipeline, where there are several in processes of their own."""
+        here = networks()
+        one_host = self.identity.one_host
+        self.address = choose_address(os.environ, here, one_host=one_host, towards=None)
+        if self.control is None:
+            everyone, self.address = open_store(self.identity, None, timeout_s=self.timeout_s, rank_zero="rank 0")
+            self._store = PrefixStore(f"heturun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", everyone)
+        if self.num_stages == 1 or self.identity.threads:
+            return
+        name = f"pipeline {self.pipeline} ({self.incarnation})"
+        if self.control is not None:
+            store = pipeline_store(
+                self.control, self.address, here, name=name, serves=self.stage == 0, timeout_s=self.timeout_s
+            )
+        else:
+            store = PrefixStore(name, self._store)
+        self._pipeline_store = store  # kept alive: stage 0 serves it
+        dist.init_process_group(
+            "gloo", store=store, rank=self.stage, world_size=self.num_stages, timeout=timedelta(seconds=self.timeout_s)
+        )
+        self._pipeline_group = dist.group.WORLD
+        self.oversubscribed = self.oversubscribed or self.local_size > (os.cpu_count() or 1)
+
+    def _find_coordinator(self) -> tuple[str, bytes]:
+        """Its address and the job's key: from the launcher, which starts one; without it rank 0 does."""
+        if self.control is not None:
+            try:
+                address = self.control.lookup("coordinator", timeout_s=self.timeout_s)
+            except (TimeoutError, ConnectionError) as error:
+                raise PeerLost(f"no coordinator: {error}") from error
+            return address, bytes.fromhex(os.environ["HETURUN_KEY"])
+        if self.rank == 0:
+            from pipeline.coordinator import spawn_coordinator
+
+            key = secrets.token_bytes(32)
+            self._coordinator, address = spawn_coordinator(key, self.address)
+            self._store.set("coordinator", f"{address} {key.hex()}")
+        self._store.wait(["coordinator"], timedelta(seconds=self.timeout_s))
+        address, _, text = self._store.get("coordinator").decode().partition(" ")
+        return address, bytes.fromhex(text)
+
+    # --- values from and to others
+
+    def begin_segment(self, segment: int) -> None:
+        """Keys are counted anew: all replicas call alike from here on."""
+        self._segment = str(segment)
+        self._calls.clear()
+
+    def _key(self, what: str) -> str:
+        self._calls[what] += 1
+        return f"{what}/{self._segment}/{self._calls[what]}"
+
+    def gather(self, what: str, value: T, *, scope: str) -> dict[int, T]:
+        """Rank -> value of all live members of the scope ("stage", "pipeline", "last", "all"), the same for each."""
+        answer: Future[dict[int, Any]] = self.client.gather(self._key(f"{what}/{scope}"), value, scope)
+        return answer.result()
+
+    def agree(self, what: str, value: T) -> T:
+        """Whichever live worker's value came first."""
+        answer: Future[Any] = self.client.first(self._key(what), value)
+        agreed: T = answer.result()
+        return agreed
+
+    def sum_over_pipelines(self, sums: dict[str, float]) -> dict[str, float]:
+        rows = self.gather("sums", sums, scope="last").values()
+        keys = dict.fromkeys(key for row in rows for key in row)
+        return {key: float(sum(row.get(key, 0.0) for row in rows)) for key in keys}
+
+    def from_last_stage(self, value: T) -> T:
+        if self.num_stages == 1:
+            return value
+        if self._pipeline_group is not None:  # needs no coordinator, which may be gone
+            box: list[Any] = [value]
+            dist.broadcast_object_list(box, src=self.num_stages - 1, device=torch.device("cpu"))
+            theirs: T = box[0]
+            return theirs
+        rows = self.gather("from last", value if self.is_last_stage else None, scope="pipeline")
+        last: Any = rows[self._rank_of(self.pipeline, self.num_stages - 1)]
+        return last  # type: ignore[no-any-return]
+
+    def broadcast_from_zero(self, value: T) -> T:
+        """The value of the lowest rank that is there; one who joins later gets what was agreed then."""
+        zero: Any = None
+        if not self.late:
+            rows = self.gather("from zero", value if self.rank == 0 else None, scope="all")
+            zero = rows[min(rows)]
+        return self.agree("from zero", zero)
+
+    def gather_to_zero(self, value: T) -> list[T] | None:
+        """Every live rank's value, on the lowest of them."""
+        rows = self.gather("to zero", value, scope="all")
+        return [rows[rank] for rank in sorted(rows)] if self.rank == min(rows) else None
+
+    def barrier(self) -> None:
+        if not self.late or self._segment != "start":
+            self.gather("barrier", None, scope="all")
+
+    def live_pipelines(self) -> Sequence[int]:
+        """Who is alive, as all agree."""
+        agreed: list[int] = self.agree("live", list(self.client.live))
+        return agreed
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if not self._joined:
+            return
+        self.client.bye()
+        self.client.close()
+        self.mesh.close()
+        if self._pipeline_group is not None:
+            dist.destroy_process_group()
+        self._pipeline_group = self._store = None
+        self._joined = False

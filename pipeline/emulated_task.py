@@ -1,0 +1,56 @@
+"""What --emulate trains: the model that waits, on numbers made up here, so that no data set has to be there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.emulation import parse_emulate
+from pipeline.feed import Batch, Key
+from pipeline.models.emulated import Clock, SumOfShares, emulated_model, samples
+from pipeline.seeding import mix
+from pipeline.settings import Settings
+from pipeline.training import Task
+from pipeline.waiting import ExactClock
+
+STEPS = 100  # updates of an epoch unless --max-steps says
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Sample i is row i; (size, ...)."""
+
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> Batch:
+        return (self.rows[key if isinstance(key, int) else key[1]],)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Samples whose targets are their numbers; there is nothing to compare with but the weights."""
+
+    inputs: Rows
+    targets: Rows
+    size: int
+
+
+def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Clock | None = None) -> Task:
+    """The task of a run with --emulate: an epoch is as many updates as --max-steps says, or 100.
+
+    Raises:
+        UserError: an --emulate that makes no sense.
+    """
+    emulation = parse_emulate(settings.emulate or "")
+    size = settings.batch_size * pipelines * settings.accumulate * (settings.max_steps or STEPS)
+    rows = samples(size, mix(settings.seed))
+    return Task(
+        model=emulated_model(stages, emulation, clock=clock or ExactClock()),
+        criterion=SumOfShares(),
+        train=Numbers(inputs=Rows(rows), targets=Rows(rows[:, 0]), size=size),
+        val=None,
+    )

@@ -1,0 +1,233 @@
+"""Frames between replicas: a fixed header, then raw bytes, over authenticated TCP.
+
+    | kind | sender pipeline | its generation | round | part | bytes that follow | bytes ...
+
+Sockets block in the kernel with the kernel's deadlines, so that a frame costs one or two system calls, without the GIL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import socket
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from heturun.wire import admit, prove, split_address
+from pipeline.transport.pool import Ring
+from pipeline.transport.protocol import Layout
+
+SOCKET_BYTES = 4 << 20  # a buffer that takes a whole small model, so that its sender need not wait for its receiver
+MOST_SIZES = 8  # sizes of received tensors whose memory is kept for the next one
+
+View = memoryview
+
+
+class Kind(IntEnum):
+    """What a frame says; of those below the line, each gets one answer on its own connection."""
+
+    PART = 0  # one member's part of a round
+    GAVE_UP = 1  # this member cannot finish the round, since pipeline `part` was lost
+    BYE = 2  # the connection ends in good order
+    # ----
+    SWAP = 3
+    STATE = 4
+    ANSWER = 5
+    REFUSED = 6  # the bytes say why
+
+
+class Header(NamedTuple):
+    kind: int
+    sender: int
+    generation: int
+    round: int = 0
+    part: int = 0
+    nbytes: int = 0
+
+
+_HEADER = struct.Struct("!BIIqIQ")
+
+
+def send_frame(sock: socket.socket, header: Header, payload: View | bytes = b"") -> int:
+    """Sends one frame and returns its bytes, header included.
+
+    Raises:
+        TimeoutError: the other end took nothing before the socket's deadline.
+        OSError: the connection is gone.
+    """
+    head = _HEADER.pack(*header._replace(nbytes=len(payload)))
+    total = len(head) + len(payload)
+    with _deadlines_are_timeouts():
+        sent = sock.sendmsg([head, payload]) if payload else sock.send(head)
+        while sent < total:
+            rest = View(head)[sent:] if sent < len(head) else View(payload)[sent - len(head) :]
+            sent += sock.send(rest)
+    return total
+
+
+def receive_header(sock: socket.socket) -> Header:
+    """The next frame's header.
+
+    Raises:
+        EOFError: the other end closed the connection.
+        OSError: it is gone, or the deadline passed.
+    """
+    head = bytearray(_HEADER.size)
+    receive_into(sock, View(head))
+    return Header(*_HEADER.unpack(head))
+
+
+def receive_into(sock: socket.socket, view: View) -> None:
+    """Fills `view`; raises as `receive_header` does."""
+    with _deadlines_are_timeouts():
+        while len(view):
+            count = sock.recv_into(view, 0, socket.MSG_WAITALL)
+            if not count:
+                raise EOFError
+            view = view[count:]
+
+
+@contextlib.contextmanager
+def _deadlines_are_timeouts() -> Iterator[None]:
+    """The kernel reports its deadline as EAGAIN."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise TimeoutError("no progress before the deadline") from error
+
+
+def mesh_key(key: bytes) -> bytes:
+    """The job's key as it is used here: who may speak to the launcher does not thereby speak to replicas."""
+    return hmac.digest(key, b"mesh", "sha256")
+
+
+def dial(address: str, key: bytes, *, timeout_s: float, keep: Callable[[socket.socket], object]) -> socket.socket:
+    """Connects and proves the key; `keep` gets the socket before anything can block, so that others may end it.
+
+    Raises:
+        OSError: nobody listens there, it does not hold the key, or no answer in time.
+    """
+    host, port = split_address(address)
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        keep(sock)
+        tune(sock)
+        sock.settimeout(timeout_s)
+        sock.connect(where)
+        prove(sock, key, address)
+        set_deadline(sock, timeout_s)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(host: str) -> socket.socket:
+    """Listens on a free port of the interface with address `host`, and on no other."""
+    family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        tune(sock)  # accepted connections inherit it, the size of buffers in time for the window to scale
+        sock.bind(where)
+        sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def welcome(sock: socket.socket, key: bytes, *, timeout_s: float) -> bool:
+    """Makes an accepted connection ready; False for a stranger, whose connection is closed."""
+    if not admit(sock, key):
+        return False
+    set_deadline(sock, timeout_s, receiving=False)  # the next frame may be long in coming
+    return True
+
+
+def tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if SOCKET_BYTES:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)
+
+
+def set_deadline(sock: socket.socket, timeout_s: float, *, receiving: bool = True) -> None:
+    """From now on calls block in the kernel, each for this long at most."""
+    sock.settimeout(None)
+    seconds = int(timeout_s)
+    value = struct.pack("ll", seconds, max(1, int((timeout_s - seconds) * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    if receiving:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+
+
+def say_bye(sock: socket.socket) -> None:
+    """Says that the end of this connection is in good order, if that costs no waiting; nobody may be sending."""
+    with contextlib.suppress(OSError):
+        sock.send(_HEADER.pack(*Header(Kind.BYE, 0, 0)), socket.MSG_DONTWAIT)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Ends a connection whoever uses it: blocked calls return."""
+    with contextlib.suppress(OSError):  # it was not connected any more
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def is_cut(sock: socket.socket) -> bool:
+    """Whether the other end of a connection on which it never sends has gone away."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class Memory:
+    """Memory to receive into, used again once nobody refers to it; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rings: OrderedDict[int, Ring] = OrderedDict()
+
+    def take(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 of undefined content, aligned for any dtype."""
+        with self._lock:
+            if nbytes not in self._rings:
+                self._rings[nbytes] = Ring(Layout(torch.uint8, torch.Size((nbytes,)), (1,)))
+            self._rings.move_to_end(nbytes)
+            if len(self._rings) > MOST_SIZES:
+                self._rings.popitem(last=False)
+            return self._rings[nbytes].take().fresh()
+
+
+def view_of(tensor: Tensor) -> View:
+    """The bytes of a contiguous (n,) tensor in host memory."""
+    return tensor.detach().view(torch.uint8).numpy().data
+
+
+def pack_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
+    """Tensors and JSON values in one piece (safetensors, the values in its metadata)."""
+    return save(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {"values": json.dumps(values)}
+    )
+
+
+def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack_state`."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    values: dict[str, Any] = json.loads(header["__metadata__"]["values"])
+    return load(data), values

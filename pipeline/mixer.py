@@ -1,0 +1,437 @@
+"""Carries out a synchroniser's dialogues for one stage: at once, during the next step, or at any time.
+
+    blocking      J5 B5 U5 W5 X5                  asked before the backward, answered by the time of W, averaged in X
+    overlapped    U5 X5  F6 B6 U6 X6              X5 gives a copy away; the correction (average - copy) comes in X6, or
+                     '------------^               in whichever X follows its arrival: nobody waits for it
+    asynchronous  U5 X5  ...      U6 X6           partners swap copies at any time (AD-PSGD, ICML 2018); halves of
+                      swap  swap                  the differences are added in the next X
+
+What cannot be had (a group that broke, a pipeline that was declared lost) leaves the weights as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.coordination import Client
+from pipeline.coordination import Group as Answered
+from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
+from pipeline.flows import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
+from pipeline.mesh import Mesh
+from pipeline.sync import Synchroniser
+from pipeline.sync.adpsgd import correction
+from pipeline.vector import StageVector
+from pipeline.weights import Weights
+
+HARMLESS = (Fenced, CoordinatorLost, TooFewReplicas)  # the training loop meets them again where it can act on them
+
+
+@dataclass
+class MixStats:
+    """What mixing did and cost: group sizes, updates between a copy and its correction, seconds waited and mixed."""
+
+    sizes: Counter[int] = field(default_factory=Counter)
+    staleness: Counter[int] = field(default_factory=Counter)
+    waited_s: float = 0.0
+    mixed_s: float = 0.0
+    broken: int = 0
+
+    @property
+    def mean_size(self) -> float:
+        return _mean(self.sizes)
+
+    @property
+    def mean_staleness(self) -> float:
+        return _mean(self.staleness)
+
+
+def _mean(counts: Counter[int]) -> float:
+    total = sum(counts.values())
+    return sum(value * times for value, times in counts.items()) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage's ways to its replicas: who forms groups, and the wires to their members."""
+
+    client: Client
+    mesh: Mesh
+    stats: MixStats
+    stage: int
+    pipeline: int
+
+    def answer(self, request: Request) -> Any:
+        """What a request of a dialogue brings; waits for it.
+
+        Raises:
+            GroupBroken, Fenced, CoordinatorLost: as their docstrings say.
+            PeerLost: a partner did not answer before the deadline.
+        """
+        if isinstance(request, Locate):
+            return Place(self.stage, self.pipeline, tuple(sorted({*self.client.live, self.pipeline})))
+        if isinstance(request, Join):
+            return self.joined(self.client.ready(request.step, request.scope))
+        if isinstance(request, Average):
+            group = request.group
+            return self.mesh.average(request.x, group.members, group.round)
+        if isinstance(request, Broadcast):
+            group = request.group
+            return self.mesh.broadcast_from(request.x, group.members, group.round, request.root)
+        assert isinstance(request, Swap)
+        return self.mesh.swap(request.peer, request.x)
+
+    def joined(self, answer: Future[Answered]) -> Group:
+        group = Group(*answer.result())
+        self.stats.sizes[len(group.members)] += 1
+        return group
+
+
+class Conversation:
+    """One dialogue under way; every way out of it ends in `result`: the new x, or None where it came to nothing."""
+
+    def __init__(self, dialogue: Dialogue[Tensor], link: Link) -> None:
+        self._dialogue, self._link = dialogue, link
+        self.result: Tensor | None = None
+        self.request: Request | None = self._advance(lambda: next(dialogue))
+
+    def reply(self, fetch: Callable[[], Any]) -> None:
+        """Goes on with the answer that `fetch` returns; what it raises goes into the dialogue."""
+        assert self.request is not None
+        try:
+            answer = fetch()
+        except GroupBroken as broken:
+            self._link.stats.broken += 1
+            error: Exception = broken
+        except HARMLESS as harmless:
+            error = harmless
+        else:
+            self.request = self._advance(lambda: self._dialogue.send(answer))
+            return
+        self.request = self._advance(lambda: self._dialogue.throw(error))
+
+    def finish(self) -> Tensor | None:
+        """Carries on to the end."""
+        while (request := self.request) is not None:
+            self.reply(lambda asked=request: self._link.answer(asked))  # type: ignore[misc]
+        return self.result
+
+    def _advance(self, step: Callable[[], Request]) -> Request | None:
+        try:
+            return step()
+        except StopIteration as end:
+            self.result = end.value
+        except (GroupBroken, *HARMLESS):  # the dialogue has no answer to it: weights stay as they are
+            self.result = None
+        return None
+
+
+class Guarded(Protocol):
+    """What all mixers share with the training loop."""
+
+    def drain(self) -> None:
+        """No mixing is under way when it returns, and every correction is in the weights; the next update goes on."""
+
+    def close(self) -> None:
+        """Ends whatever runs in the background."""
+
+
+class BlockingMixer:
+    """Mixes between two steps.
+
+    Args:
+        rate: the learning rate of the last update. after: called when weights were mixed (a momentum policy).
+    """
+
+    def __init__(
+        self,
+        vector: StageVector,
+        sync: Synchroniser,
+        link: Link,
+        *,
+        guard: AbstractContextManager[Any],
+        rate: Callable[[], float],
+        after: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
+        self._rate, self._after = rate, after
+        self.step = 0
+        self._x = vector.read()  # what the dialogue works on; filled when its partners are known
+        self._talk: Conversation | None = None
+        self._partners: Future[Answered] | None = None
+
+    def request(self) -> None:
+        self.step += 1
+        if self._x.numel() != self._vector.size:  # the optimiser's state has come into being
+            self._x = self._vector.read()
+        self._talk = Conversation(self._sync.mix(self._x, self.step, learning_rate=self._rate()), self._link)
+        asked = self._talk.request
+        self._partners = None
+        if isinstance(asked, Join):
+            self._partners = self._link.client.ready(asked.step, asked.scope)
+
+    def wait(self) -> None:
+        if self._partners is not None:
+            started = perf_counter()
+            self._partners.exception()
+            self._link.stats.waited_s += perf_counter() - started
+
+    def mix(self) -> None:
+        talk, x, partners = self._talk, self._x, self._partners
+        if talk is None or talk.request is None:
+            return
+        started = perf_counter()
+        self._vector.read_into(x)
+        if partners is not None:
+            talk.reply(lambda: self._link.joined(partners))
+        result = talk.finish()
+        if result is not None and result is not x:
+            with self._guard:
+                self._vector.write(result)
+            self._after()
+        self._talk = None
+        self._link.stats.mixed_s += perf_counter() - started
+
+    def drain(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+@dataclass
+class _Job:
+    """A copy of the weights that is being averaged, and what became of it."""
+
+    snapshot: Tensor
+    step: int
+    rate: float
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Tensor | None = None
+    error: BaseException | None = None
+
+
+class OverlappedMixer:
+    """Mixes copies in the background, adds corrections later: x <- x + (average - copy), which preserves the mean."""
+
+    def __init__(
+        self,
+        vector: StageVector,
+        sync: Synchroniser,
+        link: Link,
+        *,
+        guard: AbstractContextManager[Any],
+        rate: Callable[[], float],
+    ) -> None:
+        self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
+        self._rate = rate
+        self.step = 0
+        self._job: _Job | None = None
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="overlapped-mixing")
+        self._thread.start()
+
+    def request(self) -> None:
+        self.step += 1
+
+    def wait(self) -> None:
+        return None
+
+    def mix(self) -> None:
+        started = perf_counter()
+        if self._job is not None and self._job.done.is_set():
+            self._correct(self._job)
+        if self._job is None:
+            self._job = _Job(self._vector.read(), self.step, self._rate())
+            self._jobs.put(self._job)
+        self._link.stats.mixed_s += perf_counter() - started
+
+    def drain(self) -> None:
+        if self._job is not None:
+            started = perf_counter()
+            self._job.done.wait()
+            self._link.stats.waited_s += perf_counter() - started
+            self._correct(self._job)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _correct(self, job: _Job) -> None:
+        self._job = None
+        if job.error is not None:
+            raise job.error
+        if job.result is not None and job.result is not job.snapshot:
+            self._link.stats.staleness[self.step - job.step] += 1
+            with self._guard:
+                self._vector.add(job.result.sub_(job.snapshot))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                talk = Conversation(self._sync.mix(job.snapshot, job.step, learning_rate=job.rate), self._link)
+                job.result = talk.finish()
+            except BaseException as error:  # handed to the training thread
+                job.error = error
+            job.done.set()
+
+
+class AsynchronousMixer:
+    """AD-PSGD (Lian et al., ICML 2018, algorithm 1): pairs average whenever they like while gradients are computed.
+
+    `_mirror` is this replica's weights as its partners see them: those of the last X and all corrections since, which
+    wait in `_pending` for the next X. Both halves of a swap add the same difference with opposite signs, so the mean
+    of the replicas is preserved whatever happens in between.
+    """
+
+    def __init__(
+        self,
+        vector: StageVector,
+        sync: Synchroniser,
+        link: Link,
+        *,
+        guard: AbstractContextManager[Any],
+    ) -> None:
+        self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
+        self.step = 0
+        self._lock = threading.Lock()
+        self._mirror: Tensor | None = None  # None: not to be swapped with now
+        self._pending: Tensor | None = None
+        self._since = 0  # the step of the oldest correction in `_pending`
+        self._idle = threading.Event()
+        self._idle.set()
+        self._steps: SimpleQueue[int | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        link.mesh.on_swap(self._answer)
+        self._thread = threading.Thread(target=self._work, daemon=True, name="asynchronous-mixing")
+        self._thread.start()
+
+    def request(self) -> None:
+        self.step += 1
+
+    def wait(self) -> None:
+        return None
+
+    def mix(self) -> None:
+        started = perf_counter()
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            self._apply()
+            newest = self._vector.read()
+            self._mirror = newest
+        if self._idle.is_set():
+            self._idle.clear()
+            self._steps.put(self.step)
+        self._link.stats.mixed_s += perf_counter() - started
+
+    def drain(self) -> None:
+        self._idle.wait()
+        with self._lock:
+            self._apply()
+            self._mirror = None
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._steps.put(None)
+
+    def _apply(self) -> None:
+        if self._pending is not None:
+            with self._guard:
+                self._vector.add(self._pending)
+            self._link.stats.staleness[self.step - self._since] += 1
+            self._pending = None
+
+    def _add(self, delta: Tensor) -> None:
+        """Under the lock: what the mirror becomes, the weights will become in the next X."""
+        assert self._mirror is not None
+        self._mirror = self._mirror + delta
+        if self._pending is None:
+            self._pending, self._since = delta, self.step
+        else:
+            self._pending = self._pending + delta
+        self._link.stats.sizes[2] += 1
+
+    def _answer(self, theirs: Tensor) -> Tensor | None:
+        """The passive side: gives the mirror as it was, keeps half of the difference; None while it is drained."""
+        with self._lock:
+            mine = self._mirror
+            if mine is None or mine.shape != theirs.shape:
+                return None
+            self._add(correction(mine, theirs))
+            return mine
+
+    def _work(self) -> None:
+        """The active side: one swap per update."""
+        while (step := self._steps.get()) is not None:
+            try:
+                self._swap(step)
+            except BaseException as error:  # handed to the training thread
+                self._error = error
+            self._idle.set()
+
+    def _swap(self, step: int) -> None:
+        with self._lock:
+            mine = self._mirror
+        if mine is None:
+            return
+        talk = Conversation(self._sync.mix(mine, step), self._link)
+        result = talk.finish()
+        if result is not None and result is not mine:
+            with self._lock:
+                self._add(result.sub_(mine))
+
+
+class NothingToMix:
+    """Replicas that share gradients (all-reduce) have nothing to mix."""
+
+    def request(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        return None
+
+    def mix(self) -> None:
+        return None
+
+    def drain(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class MeshReducer:
+    """The mean of the gradients over all live replicas, through the mesh: all-reduce for workers that are threads."""
+
+    def __init__(self, weights: Weights, link: Link) -> None:
+        self._weights, self._link = weights, link
+        self._step = 0
+        self.bytes_sent = 0  # the mesh counts them
+
+    def open(self) -> None:
+        self._step += 1
+
+    def finish(self) -> None:
+        started = perf_counter()
+        group = self._link.joined(self._link.client.ready(self._step, ""))
+        met = perf_counter()
+        self._link.stats.waited_s += met - started
+        if len(group.members) > 1:
+            slots, leaves = self._weights.slots, self._weights.newest.leaves
+            pairs = zip(self._weights.gradients, leaves, strict=True)
+            flat = torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for g, leaf in pairs])
+            mean = self._link.mesh.average(flat, group.members, group.round)
+            parts = torch.split(mean, [slot.size for slot in slots])
+            self._weights.gradients[:] = [part.view(slot.shape) for part, slot in zip(parts, slots, strict=True)]
+        self._link.stats.mixed_s += perf_counter() - met

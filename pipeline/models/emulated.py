@@ -1,0 +1,111 @@
+"""A model that waits instead of computing, for comparing schedules and synchronisers on a small machine.
+
+    (number, loss so far)  ->  block 0  ->  (number, + share of block 0)  ->  block 1  ->  ...      (batch, 2)
+
+One block per stage. A sample is one number x, and what a block with weights w adds to the loss is half the mean over
+its weights of (w - x)^2, so the loss falls as the weights approach the mean of the samples. The gradient is that of the
+sum, w - x, which moves weights at the same pace however many there are. Replicas see other samples: they drift apart,
+and averaging brings them together. This arithmetic takes a fraction of a millisecond, within the time that is waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.emulation import Emulation
+from pipeline.models.criterion import Sums
+from pipeline.models.layered import Block, LayeredModel, Tensors
+
+SPREAD = 0.5  # standard deviation of the samples
+
+
+class Clock(Protocol):
+    """Seconds, and waiting until so many; sent to other processes with the model."""
+
+    def now(self) -> float: ...
+    def wait_until(self, moment: float) -> None: ...
+
+
+class _Share(torch.autograd.Function):
+    """What a block does, with its waiting."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation, clock: Clock) -> Tensor:
+        end = clock.now() + emulation.forward_ms / 1e3
+        number, so_far = x.unbind(1)  # (batch,) each
+        share = (weight.square().mean() - 2 * weight.mean() * number + number.square()) / 2
+        y = torch.stack((number, so_far + share), 1)
+        ctx.save_for_backward(number, weight)
+        ctx.emulation, ctx.clock = emulation, clock
+        clock.wait_until(end)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        end = ctx.clock.now() + ctx.emulation.backward_ms / 1e3
+        number, weight = ctx.saved_tensors
+        pull = gradient[:, 1]  # how much each sample's share counts in the loss
+        of_weight = (weight * pull.sum()).sub_((pull * number).sum())
+        ctx.clock.wait_until(end)
+        return gradient if ctx.needs_input_grad[0] else None, of_weight, None, None
+
+
+class EmulatedBlock(nn.Module):
+    """Waits for forward and backward; (batch, 2) -> (batch, 2)."""
+
+    def __init__(self, emulation: Emulation, clock: Clock) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(max(1, round(emulation.param_mb * 1e6 / 4))))
+        self._emulation, self._clock = emulation, clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Share.apply(x, self.weight, self._emulation, self._clock)
+        return y
+
+
+class SumOfShares:
+    """The mean over the samples of what all blocks together have added.
+
+    outputs: ((batch, 2),) of the last block; targets: (anything (batch, ...),). Sums under the names that the logs of
+    both tasks look for.
+    """
+
+    names = ("loss", "samples", "lm", "masked")
+    uneven = False
+
+    def count(self, targets: Tensors) -> Tensors:
+        return (torch.full((), float(len(targets[0])), device=targets[0].device),)
+
+    def __call__(self, outputs: Tensors, targets: Tensors, counts: Tensors) -> tuple[Tensor, Sums]:
+        total, samples = outputs[0][:, 1].sum(), self.count(targets)[0]
+        loss = total.detach()
+        return total / counts[0], {"loss": loss, "samples": samples, "lm": loss, "masked": samples}
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / max(sums["samples"], 1)}
+
+
+def emulated_model(stages: int, emulation: Emulation, *, clock: Clock) -> LayeredModel:
+    """One block per stage, each of `emulation`'s times and size.
+
+    Args:
+        clock: tells the time and waits; `pipeline.waiting.ExactClock`, or a made-up one in tests.
+    """
+    build = partial(EmulatedBlock, emulation, clock)
+    blocks = tuple(Block(f"stage{stage}", f"stage{stage}.", build) for stage in range(stages))
+    return LayeredModel("emulated", blocks, 0, 0, _sample, reference_cut=(1,) * stages)
+
+
+def samples(size: int, seed: int) -> Tensor:
+    """Inputs of the first block: (size, 2), numbers beside zeros."""
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul_(SPREAD)
+    return torch.stack((numbers, torch.zeros(size)), 1)
+
+
+def _sample(batch: int) -> Tensors:
+    return (samples(batch, 0),)

