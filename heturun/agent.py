@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -35,6 +36,7 @@ LOOPBACK = "127.0.0.1"  # what the launcher says when no other host takes part
 LONGEST_LINE_BYTES = 1 << 16
 CONNECT_S = 20.0
 FAREWELL_S = 5.0
+LEFT_FOLDER_S = 2.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -76,6 +78,8 @@ class Agent:
         self.children: dict[int, Child] = {}
         self.open: set[int] = set()  # ranks whose last word is not yet sent
         self.connected = True
+        self.gone = threading.Event()  # the launcher
+        self.abandoned = False  # the launcher went away before the processes had ended
 
     def run(self, start: wire.Message) -> None:
         changes = {
@@ -92,6 +96,7 @@ class Agent:
         listener.start()
         while self.open:
             self._handle(self._next_event())
+        self.abandoned = self.gone.is_set()
         self.channel.finish()
         listener.join(FAREWELL_S)  # leaving with something unread would cut off what was just sent
 
@@ -196,6 +201,7 @@ class Agent:
         while (message := self.channel.receive()) is not None:
             ranks = message.get("ranks")
             self.events.put(Order(str(message["type"]), None if ranks is None else frozenset(ranks)))
+        self.gone.set()
         self.events.put(Order("lost"))
 
 
@@ -285,11 +291,20 @@ def _sweep() -> None:
                 os.waitpid(pid, 0)
 
 
+def _remove(folder: str) -> None:
+    """Removes the launcher's directory, in which mpirun may still be tidying up."""
+    deadline = time.monotonic() + LEFT_FOLDER_S
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m heturun.agent", description=__doc__)
     parser.add_argument("--connect", required=True, help="address of the launcher")
     parser.add_argument("--ranks", required=True, help="ranks to run here, e.g. 0,3")
     parser.add_argument("--incarnation", type=int, default=0, help="how often they were started again")
+    parser.add_argument("--folder", help="the launcher's private directory, to be removed if it cannot do so itself")
     parser.add_argument("--key-on-stdin", action="store_true", help="read the job's key from stdin, not HETURUN_KEY")
     return parser.parse_args(argv)
 
@@ -325,6 +340,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         _sweep()
+        if agent.abandoned and options.folder is not None:
+            _remove(options.folder)
     return 0
 
 

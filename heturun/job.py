@@ -144,7 +144,7 @@ class Job:
         """Keeps what a starter itself has to say, for it matters only if the start fails, and tells that it ended."""
         assert running.process.stdout is not None
         for raw in running.process.stdout:
-            line = raw.decode(errors="replace").rstrip()
+            line = raw.decode(errors="replace").rstrip().strip("\0")
             if line.strip("-"):
                 running.words.append(line)
         self.events.put(StarterEnded(running, _shell_status(running.process.wait())))
@@ -242,6 +242,8 @@ class Job:
         unstarted = self.fleet.unstarted(ranks, starter.incarnation)
         when = "before its processes had started" if unstarted else "before its processes"
         first = f"{starter.name} {_how(ended.status)} {when}"
+        if words and self.fleet.elastic is not None:  # a line will do, for the job goes on
+            first, words = f"{first}: {words[0]}", []
         return Lost(ranks, "\n".join([f"{first}:", *words] if words else [first]), starter.incarnation)
 
     def _late(self) -> Verdict:

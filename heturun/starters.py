@@ -118,7 +118,8 @@ class Starters:
     def _agent(self, processes: Sequence[Process | Coordinator], incarnation: int) -> list[str]:
         """The command of the agent of these processes, all on one host."""
         address = wire.join_address(self.routes.launcher[processes[0].host], self.port)
-        return agent_command(address, [process.rank for process in processes], incarnation)
+        command = agent_command(address, [process.rank for process in processes], incarnation)
+        return [*command, "--folder", str(self.folder)] if processes[0].host in self.routes.here else command
 
     def _plain(self, host: str, processes: Sequence[Process | Coordinator], incarnation: int) -> Starter:
         ranks, agent = tuple(process.rank for process in processes), self._agent(processes, incarnation)

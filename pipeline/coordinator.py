@@ -96,7 +96,8 @@ class Coordinator:
             raise UserError(
                 f"the coordinator cannot listen at {address}: {error}; give an address of its host"
             ) from error
-        _, port = split_address(bytes(router.last_endpoint).rstrip(b"\0").decode().removeprefix("tcp://"))
+        endpoint = router.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        _, port = split_address(endpoint.removeprefix("tcp://"))
         return join_address(place, port)
 
     def lost(self, pipeline: int, reason: str, incarnation: int | None = None) -> None:

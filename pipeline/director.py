@@ -647,7 +647,7 @@ class Director:
     # --- the way back
 
     def _giver(self, worker: _Worker, number: int, message: Message, now: float) -> None:
-        """Names whom to copy from: the same for all stages of a pipeline, but another than `not_from` if there is one."""
+        """Names whom to copy from: the same for all stages of a pipeline, but not `not_from` if there is another."""
         entry, refused = self._pipelines[worker.pipeline], _field(message, "not_from", int)
         candidates = [index for index in self.live if index != entry.index]
         if self._is_over():

@@ -28,6 +28,7 @@ from pipeline.elastic_world import ElasticWorld
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
 from pipeline.executor import Executor
 from pipeline.feed import Plan
+from pipeline.hetero import Profile
 from pipeline.journal import ElasticJournal
 from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer
 from pipeline.reduce import NoReducer, Reducer
@@ -36,7 +37,7 @@ from pipeline.segments import Segments
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.sync import Synchroniser, make_synchroniser
 from pipeline.tickets import TicketBook, TicketFeed, TicketPlan
-from pipeline.training import RunPlan, Task, Trainer
+from pipeline.training import EVEN, RunPlan, Task, Trainer
 from pipeline.transport.protocol import Transport
 from pipeline.vector import StageVector
 
@@ -47,13 +48,15 @@ class ElasticTrainer(Trainer):
     world: ElasticWorld
     journal: ElasticJournal | None
 
-    def __init__(self, plan: RunPlan, task: Task, world: ElasticWorld, transport: Transport) -> None:
+    def __init__(
+        self, plan: RunPlan, task: Task, world: ElasticWorld, transport: Transport, profile: Profile = EVEN
+    ) -> None:
         self.guard = RLock()  # held while weights change, and while somebody copies them
         self.book = TicketBook(
             world.client, transport, stage=world.stage, stages=world.num_stages, accumulate=plan.settings.accumulate
         )
         self.common = _common_plan(plan, task)
-        super().__init__(plan, task, world, transport)
+        super().__init__(plan, task, world, transport, profile)
         self.segments = self._make_segments()
         self.segment, self.k = 0, 0
         self.ticket = 0  # the last one that was begun here
@@ -174,7 +177,7 @@ class ElasticTrainer(Trainer):
         first = min(world.live_pipelines())
         if world.pipeline != first:
             self._adopt(first, world.client.peers[first])
-        world.gather("copied", None, scope="stage")
+        world.gather("copied", None, scope="all")
 
     def _rejoin(self) -> None:
         """Copies a live replica until the segment that was copied is the one to go on with."""

@@ -201,7 +201,7 @@ class _Partial:
 
     def restarted(self) -> None:
         """Everybody has averaged with everybody."""
-        self._wait.restarted()
+        self._wait.restarted(self._stage.working)
         self._components = Components(self._stage.working)
         self._rounds = 0
 

@@ -17,6 +17,8 @@ from pipeline.costs import profile_blocks
 from pipeline.elastic import ElasticTrainer
 from pipeline.elastic_world import ElasticWorld
 from pipeline.errors import Fenced, UserError
+from pipeline.hetero import Profile as Hetero
+from pipeline.hetero import check_places
 from pipeline.partition import (
     Profile,
     conditions_of,
@@ -28,10 +30,12 @@ from pipeline.partition import (
 )
 from pipeline.report import RankReport, write_reports
 from pipeline.settings import Settings
+from pipeline.straggler import read_profile
 from pipeline.threads import run_threads
-from pipeline.training import AMP, RunPlan, Task, Trainer, plan_run
+from pipeline.training import AMP, EVEN, RunPlan, Task, Trainer, plan_run
 from pipeline.transport import choose_transport
 from pipeline.transport.protocol import Transport
+from pipeline.transport.throttled import throttled
 from pipeline.world import World
 
 Say = Callable[[str], None]
@@ -64,8 +68,11 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say, elastic=elastic)
     say(describe_run(plan, world))
     world.connect()
+    hetero = read_profile(settings.hetero) if settings.hetero else EVEN
+    check_places(hetero, world.places)
     transport = transport or choose_transport(settings.backend, world)
-    trainer = make_trainer(plan, task, world, transport)
+    transport = throttled(transport, hetero, world.row, stage=world.stage, device=world.device)
+    trainer = make_trainer(plan, task, world, transport, hetero)
     if settings.resume_directory is not None:
         trainer.resume(settings.resume_directory)
     world.barrier()
@@ -79,11 +86,11 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     world.close()
 
 
-def make_trainer(plan: RunPlan, task: Task, world: World, transport: Transport) -> Trainer:
+def make_trainer(plan: RunPlan, task: Task, world: World, transport: Transport, hetero: Hetero) -> Trainer:
     """The training loop that goes with this world."""
     if isinstance(world, ElasticWorld):
-        return ElasticTrainer(plan, task, world, transport)
-    return Trainer(plan, task, world, transport)
+        return ElasticTrainer(plan, task, world, transport, hetero)
+    return Trainer(plan, task, world, transport, hetero)
 
 
 def check_layout(settings: Settings, world: World) -> None:

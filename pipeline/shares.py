@@ -142,7 +142,7 @@ class Shares:
         return False
 
     def done(self, pipeline: int, k: int, now: float) -> None:
-        """A pipeline's batch `k` is through. Nothing happens if that is known, or it does not have that batch any more."""
+        """A pipeline's batch `k` is through. Nothing happens if it does not have that one any more."""
         share = self._shares[pipeline]
         if share.under_way.pop(k, None) is not None:
             share.learn(now)

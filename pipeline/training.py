@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, time
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.executor import Executor, Hooks, Tie
 from pipeline.feed import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
 from pipeline.gpu_clock import GpuClock, cuda_clock
+from pipeline.hetero import Profile
 from pipeline.journal import Journal
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
@@ -34,12 +36,20 @@ from pipeline.schedules import Schedule, Shape, find_schedule
 from pipeline.settings import Settings, option
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
+from pipeline.straggler import make_straggler, slowed
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.trace import Recorder, shift
 from pipeline.transport.protocol import Transport
+from pipeline.transport.staged import StagedTransport
+from pipeline.transport.throttled import unlimited
 from pipeline.world import World
 
+EVEN = Profile()  # nobody is slowed down
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _nothing() -> None:
+    return None
 
 
 class Split(Protocol):
@@ -136,10 +146,13 @@ def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int) -
 
 
 class Trainer:
-    """One rank of a training run."""
+    """One rank of a training run; `profile` says how it is slowed down, for a simulation."""
 
-    def __init__(self, plan: RunPlan, task: Task, world: World, transport: Transport) -> None:
+    def __init__(
+        self, plan: RunPlan, task: Task, world: World, transport: Transport, profile: Profile = EVEN
+    ) -> None:
         self.plan, self.task, self.world, self.transport = plan, task, world, transport
+        self.profile = profile
         self.settings, self.calendar = plan.settings, plan.calendar
         self.position, self.stages = world.stage, world.num_stages
         self.recorder = Recorder(pipeline=world.pipeline, stage=self.position, steps=self.settings.trace_steps)
@@ -171,6 +184,14 @@ class Trainer:
         return cuda_clock(self.world.device, record=self.recorder.record, end_step=self.recorder.end_step)
 
     def _make_executor(self, **more: Any) -> Executor:
+        release = self.transport.send_ready if isinstance(self.transport, StagedTransport) else _nothing
+        straggler = make_straggler(
+            self.profile,
+            self.world.row[self.position],
+            seed=self.settings.seed,
+            device=self.world.device,
+            release=release,
+        )
         return Executor(
             self.stage,
             self.transport,
@@ -179,6 +200,7 @@ class Trainer:
             hooks=self.hooks,
             reducer=self.reducer,
             tie=self.plan.tie,
+            wrap=None if straggler is None else partial(slowed, straggler=straggler),
             clock=self.clock,
             **more,
         )
@@ -339,8 +361,9 @@ class Trainer:
         )
         hooks = self._validation_hooks(plan)
         training, self.executor.hooks = self.executor.hooks, hooks
-        sums = self.executor.evaluate(schedules.forward_only(self.position, self.stages, range(plan.count)))
-        self.transport.flush()
+        with unlimited(self.transport):
+            sums = self.executor.evaluate(schedules.forward_only(self.position, self.stages, range(plan.count)))
+            self.transport.flush()
         self.executor.hooks = training
         if self.journal is not None:
             self.journal.validated(self.batches, sums or dict.fromkeys(self.task.criterion.names, 0.0))

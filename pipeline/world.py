@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from pipeline.errors import PeerLost, UserError
 from pipeline.failures import abort_mpi, control_channel, is_secondary, report_failures
+from pipeline.hetero import Place
 from pipeline.identity import Identity, identify, import_mpi
 from pipeline.meeting import Channel, open_store
 from pipeline.placement import LOCAL, Device, Placement, gpu, load_placement
@@ -161,6 +162,16 @@ class World:
     def hosts_of_pipeline(self) -> list[str]:
         """The host of each stage of this pipeline; before `connect`, as the layout names them."""
         return [self._hosts[self._rank_of(self.pipeline, stage)] for stage in range(self.num_stages)]
+
+    @property
+    def places(self) -> list[Place]:
+        """Every worker of the job, by rank."""
+        return [Place(*divmod(rank, self.num_stages), host) for rank, host in enumerate(self._hosts)]
+
+    @property
+    def row(self) -> list[Place]:
+        """The workers of this pipeline, by stage."""
+        return self.places[self.pipeline * self.num_stages :][: self.num_stages]
 
     @property
     def remote_stages(self) -> frozenset[int]:

@@ -36,7 +36,7 @@ import pipeline
 from pipeline.errors import PeerLost
 
 WORLD = 4
-LIMIT_S = 120  # for a world that should take ten seconds; the machine may be busy
+LIMIT_S = 240  # for a world that should take ten seconds; the machine may be busy
 
 Arguments = dict[str, Any]
 
@@ -431,7 +431,7 @@ def a_wrong_place_in_the_world_is_an_error() -> None:
 def a_process_that_does_not_come_is_named_by_the_others() -> None:
     """The last scenario: it breaks the connections."""
     rank = dist.get_rank()
-    group = dist.new_group(list(range(WORLD)), timeout=timedelta(seconds=2))
+    group = dist.new_group(list(range(WORLD)), timeout=timedelta(seconds=60))
     model = model_of(rank)
     optimizer = wrap(SGD(model.parameters(), lr=0.1), group=group, local_steps=1)
     if rank != 1:
@@ -471,7 +471,7 @@ def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )
     results: dict[str, str] = {}
     for scenario in SCENARIOS:
@@ -625,7 +625,7 @@ def test_the_example_trains_on_a_folder_of_images(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "cifar.py", tmp_path, "--nprocs", "2", "--epochs", "2"]
     options = ["--batch-size", "4", "-p", "2", "--initial-steps", "3", "--checkpoint", tmp_path / "kept"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"Epoch \[1\]\[  [024]/5\]|Epoch \[1\]  test accuracy", done.stdout), done.stdout
     saved = [torch.load(tmp_path / "kept" / f"checkpoint.{rank}.pt", weights_only=True) for rank in range(2)]

@@ -32,14 +32,14 @@ class StagedTransport:
         self._inner.bytes_sent = value
 
     def post(self, source: int, channel: str, microbatch: int) -> None:
-        self._send_ready()
+        self.send_ready()
         self._inner.post(source, channel, microbatch)
 
     def send(self, to: int, channel: str, microbatch: int, tensors: Tensors) -> None:
-        self._send_ready()
+        self.send_ready()
         copies, event = self._to_host(tensors)
         self._due.append((event, (to, channel, microbatch, copies)))
-        self._send_ready()
+        self.send_ready()
 
     def _to_host(self, tensors: Tensors) -> tuple[Tensors, Any]:
         if self._stream is None:
@@ -56,7 +56,7 @@ class StagedTransport:
             event.record(self._stream)
         return tuple(copies), event
 
-    def _send_ready(self) -> None:
+    def send_ready(self) -> None:
         while self._due and (self._due[0][0] is None or self._due[0][0].query()):
             self._inner.send(*self._due.popleft()[1])
 
