@@ -4,11 +4,11 @@
     python bench/coordinator.py --stages 1 --pipelines 256  other shapes
     python bench/coordinator.py --rate 2000 4000 8000       other loads
 
-A decision is the answer to one `ready`: with whom that worker averages. Every simulated worker is a DEALER socket with CURVE
-keys and has one `ready` under way; after its answer it computes (a random time around workers / rate) and asks again. The
-coordinator is the real process, on one core with its I/O thread; the workers are driven from the others. `latency` runs
-from the ready to its answer, with the time that a group waits on purpose for late members; `in company` are the answers
-with a group of at least two. `most` leaves no time to compute, so that all workers wait in the coordinator's queue.
+A decision is the answer to one `ready`: with whom that worker averages. Every simulated worker is a DEALER socket with
+CURVE keys and has one `ready` under way; after its answer it computes (a random time around workers / rate) and asks
+again. The coordinator is the real process, on one core with its I/O thread; the workers are driven from the others. The
+latency runs from the ready to its answer, with the time that a group waits on purpose for late members; `in company`
+are the answers with a group of at least two. `most` leaves no time to compute: all workers stand in the queue.
 
 The first line is the GroupScheduler alone, under the same load on a virtual clock, without any socket.
 """
@@ -105,9 +105,10 @@ class Swarm:
             self._sockets.append(sock)
             fd = sock.get(zmq.FD)
             self._by_fd[fd] = number
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+            self._epoll.register(fd, select.EPOLLIN)
             hello = {"type": "hello", "n": 0, "stage": stage, "pipeline": pipeline, "incarnation": 0, "mesh": "here:1"}
             self._send(number, {**hello, "timeout": 300.0, "rules": rules.message()})
+            sock.get(zmq.EVENTS)  # only after having been asked does a socket signal at its descriptor
 
     def _send(self, number: int, message: dict[str, Any]) -> None:
         self._sockets[number].send(json.dumps(message, separators=(",", ":")).encode(), zmq.NOBLOCK)

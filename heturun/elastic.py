@@ -5,6 +5,7 @@ after it: rank 4 of pipeline 2 fails      Tell the coordinator, at once
           why is known                    GiveUp the other ranks; the end of the job if too few pipelines go on
           all its ranks are closed        Gone; Restart, if that is allowed and somebody is left to copy from
 the coordinator fails                     the workers get LAST_CHECKPOINT_S to end by themselves
+a pipeline ended well                     the others get END_S; one that is frozen would never end
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from heturun.outcome import Elastic, Event, Lost, Outcome, Published, Signalled,
 
 COORDINATOR = "coordinator"  # under this key it publishes its address
 LAST_CHECKPOINT_S = 60.0  # for the workers to write a checkpoint when the coordinator is lost
+END_S = 20.0  # for the other pipelines when one has ended well: they end together, but one may be frozen or starting
 
 
 class Rules(NamedTuple):
@@ -132,6 +134,7 @@ class Fleet:
         elastic: the least number of replicas that the processes asked for; None while no loss is survivable.
         coordinated: whether the coordinator has published its address.
         losses: so far, in their order.
+        end_by: when a pipeline that still runs is given up, since another has ended well.
     """
 
     pipelines: tuple[Pipeline, ...]
@@ -141,6 +144,7 @@ class Fleet:
     elastic: int | None = None
     coordinated: bool = False
     losses: tuple[Loss, ...] = ()
+    end_by: float = inf
 
     @classmethod
     def of(cls, pipelines: Sequence[Collection[int]], *, coordinator: int, rules: Rules) -> Fleet:
@@ -174,11 +178,27 @@ class Fleet:
         """What is to be done now about pipelines that were lost, and the fleet after it."""
         if self.elastic is None or self.coordinator.complaints:
             return self, []
-        fleet, orders = self, list[Order]()
-        for pipeline in self.pipelines:
+        fleet, orders = self._at(now), list[Order]()
+        for pipeline in fleet.pipelines:
             fleet, more = fleet._orders(pipeline.at(now), now)
             orders += more
         return fleet, orders
+
+    def _at(self, now: float) -> Fleet:
+        """Once a pipeline has ended well, nothing is left to do for the others."""
+        if self.end_by == inf:
+            ended = any(pipeline.outcome.over and not pipeline.outcome.complaints for pipeline in self.pipelines)
+            return replace(self, end_by=now + END_S) if ended else self
+        if now < self.end_by:
+            return self
+        text = f"it had not ended {END_S:g} s after the others"
+        return replace(
+            self,
+            pipelines=tuple(
+                pipeline.after(Lost(tuple(pipeline.outcome.ranks), text, pipeline.incarnation), now)
+                for pipeline in self.pipelines
+            ),
+        )
 
     def _orders(self, pipeline: Pipeline, now: float) -> tuple[Fleet, list[Order]]:
         fleet, orders, known = self, list[Order](), (pipeline.number, pipeline.incarnation)
@@ -248,7 +268,8 @@ class Fleet:
         if self.elastic is None:
             return self.whole.look_again_at(now)
         times = [pipeline.look_again_at(now) for pipeline in self.pipelines]
-        return min((time for time in times if time is not None and time < inf), default=None)
+        end_by = self.end_by if now < self.end_by and not self.closed else inf
+        return min((time for time in (*times, end_by) if time is not None and time < inf), default=None)
 
     @property
     def over(self) -> bool:

@@ -76,7 +76,8 @@ class Coordinator:
         self._complaints: set[str] = set()
         self._wake_end, self._wake = os.pipe()
         self._stdin: int | None = None
-        self._parentless = False
+        self._parentless = False  # whoever started this is gone
+        self._ended = False
         self._fds = [int(sock.get(zmq.FD)) for sock in (self._router, self._zap, self._monitor)]
 
     def _bind(self, key: bytes, address: str) -> str:
@@ -105,14 +106,21 @@ class Coordinator:
         self._notices.append((pipeline, reason, incarnation))
         os.write(self._wake, b"!")
 
+    def end(self) -> None:
+        """Makes `run` return; may be called by any thread."""
+        self._ended = True
+        os.write(self._wake, b"!")
+
     def end_with_stdin(self) -> None:
         """Ends when whoever started this closes its stdin and no worker ever came."""
         self._stdin = sys.stdin.fileno()
 
-    def run(self) -> None:
-        """Serves until all workers have said bye, or are lost and silent."""
+    def run(self, *, for_ever: bool = False) -> None:
+        """Serves until all workers have said bye, or are lost and silent; `for_ever`: until this process is ended."""
         director, expected = self._director, time.monotonic()
-        while not director.over:
+        self._admit()  # a socket signals at its descriptor only after having been found empty
+        self._notice_strangers()
+        while not (self._ended or (director.over and not for_ever)):
             now = time.monotonic()
             if now > expected + PAUSE_S:
                 director.paused(now - expected)
@@ -123,10 +131,9 @@ class Coordinator:
             self._send(director.tick(time.monotonic()))
             self._say()
             expected = time.monotonic()
-            if drained and not director.over:
+            if drained and (for_ever or not director.over):
                 expected += self._sleep()
-            if self._orphaned():
-                return
+            self._ended = self._ended or (self._parentless and not director.met)
 
     def close(self) -> None:
         """Lets the last answers leave."""
@@ -178,10 +185,6 @@ class Coordinator:
             self._stdin = None
             self._parentless = True
         return planned
-
-    def _orphaned(self) -> bool:
-        """Whether whoever started this is gone, and nobody else ever came."""
-        return self._parentless and not self._director.met
 
     def _admit(self) -> None:
         """Answers ZAP requests (RFC 27): our client key, and no other."""
@@ -301,7 +304,7 @@ def main() -> None:
         control.publish("coordinator", coordinator.address)
     else:
         print(f"coordinator {coordinator.address}", flush=True)
-    coordinator.run()
+    coordinator.run(for_ever=control is not None)  # the launcher ends it: who comes back late hears that all is over
     coordinator.close()
     if control is not None:
         control.close()

@@ -376,9 +376,7 @@ class Director:
         assert self._rules is not None and self._shares is not None
         rules = self._rules
         coming = [entry for entry in self._pipelines if entry.state == "coming"]
-        if self._started or any(len(entry.workers) < rules.stages for entry in coming):
-            return
-        if not self._enough():
+        if self._started or any(len(entry.workers) < rules.stages for entry in coming) or not self._enough():
             return
         self._started = True
         for entry in coming:
@@ -446,12 +444,13 @@ class Director:
         if before == "away":  # it had been lost before, and comes back from the beginning
             return
         self.notes.append(entry.why)
+        if not self._enough():
+            return
         if before == "live":
             self._spread_loss(entry, now)
         else:
             self._start(now)
-        if self._enough():
-            self._admit(now)
+        self._admit(now)
 
     def _abandon(self, entry: _Pipeline) -> None:
         """Answers what a lost pipeline waits for."""
@@ -528,7 +527,7 @@ class Director:
         assert self._shares is not None
         segment, k = _field(message, "segment", int), _field(message, "k", int)
         entry = self._pipelines[worker.pipeline]
-        if segment > self._range[0]:
+        if segment > self._range[0] and entry.state == "live":
             self._fail(worker, number, "refused", f"nobody has begun segment {segment}")
             return
         if entry.state == "live" and segment == self._range[0]:

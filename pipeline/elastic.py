@@ -12,10 +12,11 @@ tickets for it, at the same batch on all its stages; then all live replicas of a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from threading import RLock
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from pipeline import schedules
 from pipeline.consensus import ConsensusProbe
-from pipeline.coordination import JobOver, Welcome
+from pipeline.coordination import JobOver
 from pipeline.elastic_world import ElasticWorld
-from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
+from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, PeerLost, TooFewReplicas
 from pipeline.executor import Executor
 from pipeline.feed import Plan
 from pipeline.hetero import Profile
@@ -40,6 +41,9 @@ from pipeline.tickets import TicketBook, TicketFeed, TicketPlan
 from pipeline.training import EVEN, RunPlan, Task, Trainer
 from pipeline.transport.protocol import Transport
 from pipeline.vector import StageVector
+
+COPY_AGAIN_S = 0.1  # between two attempts to copy a replica's state
+MOST_SPANS, MOST_POINTS = 4000, 10_000  # of a report: all values of a gather are one message to the coordinator
 
 
 class ElasticTrainer(Trainer):
@@ -60,6 +64,7 @@ class ElasticTrainer(Trainer):
         self.segments = self._make_segments()
         self.segment, self.k = 0, 0
         self.ticket = 0  # the last one that was begun here
+        self._counted = 0  # batches whose samples are counted
         self.distance = 0.0  # between this replica and the mean, at the last stop
         self._rate_now = 0.0
         self.hooks.rate_at = self._rate_at
@@ -103,7 +108,18 @@ class ElasticTrainer(Trainer):
         groups = {str(size): times for size, times in sorted(stats.sizes.items())}
         mixing = {**self._mixing(), "groups": groups, "broken": stats.broken, "lost": world.lost}
         whole = super().report()
-        return dataclasses.replace(whole, mixing=mixing, bytes_sent=whole.bytes_sent + world.mesh.bytes_sent)
+        return dataclasses.replace(
+            whole,
+            mixing=mixing,
+            bytes_sent=whole.bytes_sent + world.mesh.bytes_sent,
+            spans=whole.spans[-MOST_SPANS:],
+        )
+
+    def curve(self) -> list[tuple[float, float]]:
+        """Of whoever speaks, thinned if it is long."""
+        speaks = self.journal is not None and self.world.pipeline == min(self.world.client.live, default=-1)
+        whole = super().curve() if speaks else []
+        return whole[:: -(-len(whole) // MOST_POINTS) or 1]
 
     def _make_executor(self, **more: Any) -> Executor:
         self.sync = make_synchroniser(self.settings) if self.settings.elastic else None
@@ -151,12 +167,9 @@ class ElasticTrainer(Trainer):
         if self.journal is not None:
             self.journal.begin(self.batches)
         try:
-            self._meet()
+            self._again_if_fenced(self._meet)
             while self.segment < len(self.segments.stops):
-                try:
-                    self._run_segment()
-                except Fenced:
-                    self._rejoin()
+                self._again_if_fenced(self._run_segment)
         except JobOver:
             self.over = True
         except (CoordinatorLost, TooFewReplicas):
@@ -165,8 +178,22 @@ class ElasticTrainer(Trainer):
         self.mixer.close()
         self.world.begin_segment(len(self.segments.stops))
 
+    def _again_if_fenced(self, act: Callable[[], object]) -> None:
+        """Whoever finds itself declared lost joins again, as often as it takes."""
+        while True:
+            try:
+                act()
+                return
+            except Fenced:
+                self.world.diary.note("fenced", segment=self.segment)
+                self.book.part(self.k)
+                act = self._rejoin
+
     def _meet(self) -> None:
-        """At the start: everybody takes the first pipeline's weights, or, when late, those of a live replica."""
+        """At the start: everybody takes the first pipeline's weights, or, when late, those of a live replica.
+
+        When the first pipeline is lost meanwhile, everybody takes those of the next one.
+        """
         world = self.world
         if world.late:
             self._rejoin()
@@ -174,28 +201,43 @@ class ElasticTrainer(Trainer):
         if self.sync is not None:
             self.sync.begin(self._vector.read(), self.stage.weights.newest.flat.numel())
         world.gather("serving", None, scope="stage")
-        first = min(world.live_pipelines())
-        if world.pipeline != first:
-            self._adopt(first, world.client.peers[first])
-        world.gather("copied", None, scope="all")
+        copied = False
+        while not copied:
+            first = min(world.live_pipelines())
+            address = world.client.peers.get(first)  # None: it has been lost since
+            mine = first == world.pipeline or (address is not None and self._adopt(first, address) is not None)
+            copied = all(world.gather("copied", mine, scope="all").values())
 
     def _rejoin(self) -> None:
-        """Copies a live replica until the segment that was copied is the one to go on with."""
-        world = self.world
+        """Copies a live replica; when all stages have, the coordinator says where to go on.
+
+        A copy made before a stop that the others have passed since is made again.
+        """
+        client = self.world.client
+        copied = self._copy_a_replica()
+        welcome = client.refreshed().result()
+        self.world.tell_mesh()
+        self.segment, self.k = welcome.segment, welcome.k
+        self.book.life = welcome.generation
+        while copied < self.segment < len(self.segments.stops):
+            copied = self._copy_a_replica()
+        self.world.diary.note("joined", segment=self.segment, k=self.k, generation=welcome.generation)
+
+    def _copy_a_replica(self) -> int:
+        """Takes over the state of whoever can give it; the segment it is of."""
         while True:
-            giver, address = world.client.giver().result()
+            giver, address = self.world.client.giver().result()
             copied = self._adopt(giver, address)
-            welcome: Welcome = world.client.refreshed().result()
-            world.tell_mesh()
-            self.segment, self.k = welcome.segment, welcome.k
-            if copied >= welcome.segment or self.segment >= len(self.segments.stops):
-                return
+            if copied is not None:
+                return copied
+            sleep(COPY_AGAIN_S)
 
     def _run_segment(self) -> None:
         world, segment = self.world, self.segment
         world.begin_segment(segment)
         world.client.begin(segment, *self.segments.tickets(segment))
         self.book.begin(segment, self.k)
+        self._counted = self.k
         self._train()
         if self.book.abandoned:
             raise world.client.failure or CoordinatorLost("the coordinator is gone")
@@ -261,11 +303,13 @@ class ElasticTrainer(Trainer):
     def _updated(self, microbatch: int) -> None:
         self._end_step()
         k = microbatch // self.plan.microbatches
-        ticket = self._ticket_of(microbatch)
-        self.ticket = ticket
-        self.samples += self.common.batch_length(ticket)
+        ticket = self.ticket = self._ticket_of(microbatch)
+        for batch in range(self._counted, k + 1):
+            self.samples += self.common.batch_length(self._ticket_of(batch * self.plan.microbatches))
+        self._counted = k + 1
         if self.position == 0:
             self.world.client.done(k)
+        self.world.diary.note("update", k=k, ticket=ticket, mixed=self.world.stats.mixed)
         self.probe.updated(self.stage.updates)
         if self.journal is not None:
             self.journal.progressed(self.segments.batch(ticket) + 1, ticket, self.stage.take_sums())
@@ -286,16 +330,19 @@ class ElasticTrainer(Trainer):
             mean: Tensor | None = None
             with suppress(GroupBroken):  # the survivors try again
                 mean = world.mesh.average(mine, group.members, group.round)
-            answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "stage").result()
+            # of all stages: nobody begins the next segment while others still average
+            answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "all").result()
             if mean is not None and all(answer.values()):
                 self.distance = float(torch.linalg.vector_norm(mine - mean))
                 with self.guard:
                     vector.write(mean)
+                world.diary.note_state("averaged", {"x": vector.read()}, segment=segment, members=group.members)
                 return
 
     def _leave_checkpoint(self) -> None:
         """The coordinator is gone: what this pipeline has learnt is not lost. All its stages come here."""
-        if self.settings.checkpoint is None or self.world.pipeline != min(self.world.client.live, default=0):
+        client = self.world.client
+        if self.settings.checkpoint is None or client.fenced or self.world.pipeline != min(client.live, default=0):
             return
         calendar = self.calendar
         self.batches = calendar.batch_after(calendar.updates_after(self.segments.batch(self.ticket)))
@@ -305,23 +352,40 @@ class ElasticTrainer(Trainer):
     def _provide(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a joiner copies: everything between two updates."""
         with self.guard:
+            started = perf_counter()
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.stage.state().items()}
             synced = {} if self.sync is None else self.sync.state()
             tensors |= {f"sync.{name}": tensor.detach().to("cpu", copy=True) for name, tensor in synced.items()}
-            values = {"updates": self.stage.updates, "skipped": self.stage.skipped_updates, "segment": self.segment}
+            values = {
+                "updates": self.stage.updates,
+                "skipped": self.stage.skipped_updates,
+                "segment": self.segment,
+                "step": self.mixer.step,
+            }
+            paused_s = perf_counter() - started
+        self.world.diary.note_state("gave", _of_stage(tensors), paused_s=paused_s, segment=values["segment"])
         return tensors, values
 
-    def _adopt(self, giver: int, address: str) -> int:
-        """Takes over a replica's state, bit for bit; the segment it was in."""
-        tensors, values = self.world.mesh.pull_state(giver, address)
+    def _adopt(self, giver: int, address: str) -> int | None:
+        """Takes over a replica's state, bit for bit; the segment it was in. None when it cannot be had from there."""
+        try:
+            tensors, values = self.world.mesh.pull_state(giver, address)
+        except (GroupBroken, PeerLost):
+            return None
         sync = {name.removeprefix("sync."): t for name, t in tensors.items() if name.startswith("sync.")}
         with self.guard:
             self.stage.adopt(tensors)
             if self.sync is not None:
                 self.sync.load_state(sync)
             self.stage.updates, self.stage.skipped_updates = values["updates"], values["skipped"]
+            self.mixer.step = values["step"]
+        self.world.diary.note_state("took", self.stage.state(), giver=giver)
         segment: int = values["segment"]
         return segment
+
+
+def _of_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("sync.")}
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from pipeline.coordination import Client, JobRules, Welcome
-from pipeline.errors import PeerLost
+from pipeline.diary import Diary
+from pipeline.errors import CoordinatorLost, Fenced, PeerLost, TooFewReplicas
 from pipeline.meeting import choose_address, networks, open_store, pipeline_store
 from pipeline.mesh import Mesh
 from pipeline.mixer import Link, MixStats
@@ -49,6 +51,7 @@ class ElasticWorld(World):
         self.settings = settings
         self.incarnation = int(os.environ.get("HETURUN_INCARNATION", "0"))
         self.stats = MixStats()
+        self.diary = Diary.of(pipeline=self.pipeline, stage=self.stage, incarnation=self.incarnation)
         self.welcome = Welcome(generation=0, late=False, segment=0, k=0)
         self.lost: list[int] = []  # pipelines, in the order of their losses
         self._segment = "start"
@@ -79,7 +82,9 @@ class ElasticWorld(World):
             on_joined=self._on_joined,
         )
         self.mesh.on_broken = self.client.suspect
+        self.diary.note("hello")
         self.welcome = self.client.hello()
+        self.diary.note("welcome", late=self.welcome.late)
         self.late = self.welcome.late
         self.tell_mesh()
         if self.control is not None:
@@ -106,9 +111,7 @@ class ElasticWorld(World):
             even=even,
             min_replicas=settings.min_replicas,
             heartbeat_timeout_s=settings.heartbeat_timeout,
-            hosts=tuple(
-                tuple(self._hosts[self._rank_of(p, s)] for p in range(self.num_pipelines)) for s in stages
-            ),
+            hosts=tuple(tuple(self._hosts[self._rank_of(p, s)] for p in range(self.num_pipelines)) for s in stages),
         )
 
     def _on_lost(self, pipeline: int, generation: int) -> None:
@@ -187,7 +190,15 @@ class ElasticWorld(World):
         return agreed
 
     def sum_over_pipelines(self, sums: dict[str, float]) -> dict[str, float]:
-        rows = self.gather("sums", sums, scope="last").values()
+        """Alone, a pipeline that was declared lost, or that has lost the coordinator, has only its own.
+
+        It does not fail here, since the other stages of its pipeline, which add up nothing, would not: the next ticket
+        ends the work of all of them alike.
+        """
+        try:
+            rows = self.gather("sums", sums, scope="last").values()
+        except (Fenced, CoordinatorLost, TooFewReplicas):
+            return dict(sums)
         keys = dict.fromkeys(key for row in rows for key in row)
         return {key: float(sum(row.get(key, 0.0) for row in rows)) for key in keys}
 
@@ -208,8 +219,11 @@ class ElasticWorld(World):
         zero: Any = None
         if not self.late:
             rows = self.gather("from zero", value if self.rank == 0 else None, scope="all")
-            zero = rows[min(rows)]
-        return self.agree("from zero", zero)
+            if 0 not in rows:
+                raise PeerLost("rank 0 was lost before it could say what all must know; start the job again")
+            zero = rows[0]
+        agreed: T = self.agree("from zero", zero)
+        return agreed
 
     def gather_to_zero(self, value: T) -> list[T] | None:
         """Every live rank's value, on the lowest of them."""
@@ -218,7 +232,8 @@ class ElasticWorld(World):
 
     def barrier(self) -> None:
         if not self.late or self._segment != "start":
-            self.gather("barrier", None, scope="all")
+            with suppress(Fenced):  # whoever was declared lost meets it again in the training loop
+                self.gather("barrier", None, scope="all")
 
     def live_pipelines(self) -> Sequence[int]:
         """Who is alive, as all agree."""

@@ -29,6 +29,10 @@ class Rows:
     def __getitem__(self, key: Key) -> Batch:
         return (self.rows[key if isinstance(key, int) else key[1]],)
 
+    def together(self, keys: list[tuple[int, int]]) -> Batch:
+        """Samples of a micro-batch, stacked."""
+        return (self.rows[[index for _, index in keys]],)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:

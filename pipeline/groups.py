@@ -9,14 +9,17 @@ Partial reduce (Miao et al., SDPipe, PVLDB 16(9), 2023): a round of a stage clos
 deadline. So that the models still agree, the groups of a stage must connect all its replicas, directly or through
 others, within `connect_within` rounds. A stage that is about to miss this *holds*: it forms only groups that connect
 replicas that were not connected, and keeps the others waiting. One stage holds at a time: if two did, each could
-wait for a pipeline that the other keeps waiting. A pipeline is never kept from arriving at the stage that holds,
-since no other stage keeps it longer than its deadline.
+wait for a pipeline that the other keeps waiting. A pipeline is never kept from arriving at the stage that holds:
+no other stage keeps it longer than its deadline, and no average that it takes part in waits for one who is held.
+
+    stage 0   J5 ............. B5 U5 X5     the average X5 follows stage 1's B5, and so its X4: J5 counts as asked
+    stage 1   J4 B4 U4 X4 J5 B5             only when J4 is answered, and is not made a group that waits for X4
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -72,7 +75,7 @@ class Form(NamedTuple):
 
 
 class WakeAt(NamedTuple):
-    """A `Tick` is wanted at this time."""
+    """A `Tick` is wanted at this time, whatever comes before; later ones are asked for then."""
 
     time: float
 
@@ -161,6 +164,54 @@ class _Stage:
         return [] if self.working else list(self.drained)
 
 
+class _Order:
+    """The requests of each pipeline, in the order in which its stages depend on each other."""
+
+    def __init__(self, pipelines: int) -> None:
+        self._open: list[dict[int, int]] = [{} for _ in range(pipelines)]  # stage -> step, not answered
+        self._granted: list[dict[int, int]] = [{} for _ in range(pipelines)]  # stage -> step of the last group
+        self._early: list[dict[int, Ready]] = [{} for _ in range(pipelines)]  # stage -> what does not count yet
+
+    def early(self, pipeline: int) -> Collection[int]:
+        """The stages at which this pipeline has asked too early."""
+        return self._early[pipeline].keys()
+
+    def counts(self, ready: Ready) -> bool:
+        """Whether a request counts now; else `answered` returns it when it does."""
+        stage, pipeline, step, _ = ready
+        earlier = self._open[pipeline]
+        for other in earlier:
+            if other > stage and earlier[other] < step:
+                self._early[pipeline][stage] = ready
+                return False
+        earlier[stage] = step
+        return True
+
+    def is_urgent(self, ready: Ready) -> bool:
+        """Whether others already wait for it in a group of a stage before: its message was overtaken by a later one."""
+        granted = self._granted[ready.pipeline]
+        return any(stage < ready.stage and granted[stage] > ready.step for stage in granted)
+
+    def answered(self, form: Form) -> list[Ready]:
+        """The requests that count from now on."""
+        released = []
+        for pipeline in form.members:
+            step = self._open[pipeline].pop(form.stage, None)
+            if step is not None:
+                self._granted[pipeline][form.stage] = step
+            early = self._early[pipeline]
+            if early:
+                for stage in list(early):
+                    ready = early.pop(stage)
+                    if self.counts(ready):
+                        released.append(ready)
+        return released
+
+    def left(self, pipeline: int) -> None:
+        for requests in (self._open, self._granted, self._early):
+            requests[pipeline].clear()
+
+
 class _Partial:
     """One stage under partial reduce."""
 
@@ -176,17 +227,21 @@ class _Partial:
         self._rounds = 0  # since all were connected last
         self._components = Components(stage.working)
         self._held = False
+        self._urgent: set[int] = set()  # must not be held
         self._splits = pipelines > rules.max_group
         # [pipeline][pipeline]: the round in which they met last; own entry: last round in company
         self._met = [[0] * pipelines for _ in range(pipelines)] if self._splits else []
 
-    def ready(self, event: Ready, now: float) -> list[Form]:
+    def ready(self, event: Ready, now: float, *, urgent: bool = False) -> list[Form]:
         self.waiting[event.pipeline] = None
+        if urgent:
+            self._urgent.add(event.pipeline)
         self._wait.arrived(event.pipeline, now)
         return self._settle(now)
 
     def absent(self, pipeline: int, now: float) -> list[Form]:
         self.waiting.pop(pipeline, None)
+        self._urgent.discard(pipeline)
         self._components.remove(pipeline)
         self._wait.absent(pipeline)
         self._restart_if_connected()
@@ -214,7 +269,9 @@ class _Partial:
         self.deadline, closing = None, ""
         while self.waiting:
             if self._must_connect():
-                members, reason = self._connecting(), self._connecting_reason()
+                members, reason = self._connecting(), f"connects replicas that had not met in {self._rounds} rounds"
+                if not members:
+                    members, reason = sorted(self._urgent)[: self._max_group], "the average of a stage before waits"
                 if not members:
                     self._held = True
                     return forms
@@ -272,9 +329,6 @@ class _Partial:
             return firsts[:size]
         return self._pick([*firsts, *others], size=size, start=len(firsts))
 
-    def _connecting_reason(self) -> str:
-        return f"connects replicas that had not met in {self._rounds} rounds"
-
     def _even_size(self) -> int:
         """Those who wait, shared out evenly among as few groups as possible: nobody is alone if a pair is possible."""
         count = len(self.waiting)
@@ -308,6 +362,7 @@ class _Partial:
         size = len(members)
         for member in members:
             del self.waiting[member]
+            self._urgent.discard(member)
             self._wait.answered(member, now, size=size, held=self._held)
         if size > 1:
             self._components.connect(members)
@@ -336,7 +391,7 @@ class _All:
         self.waiting: dict[int, str] = {}  # pipeline -> scope
         self._stage, self._job = stage, job
 
-    def ready(self, event: Ready, now: float) -> list[Form]:
+    def ready(self, event: Ready, now: float, *, urgent: bool = False) -> list[Form]:
         stage = self._stage
         if event.scope == "host" and event.pipeline in stage.late:
             return [self._job.form(stage.number, [event.pipeline], "it has not met all others since it joined")]
@@ -397,7 +452,7 @@ class _Matching:
         self._matchings: dict[int, dict[int, int | None]] = {}
         self._awaited: dict[int, set[int]] = {}  # pipeline -> those who wait for it
 
-    def ready(self, event: Ready, now: float) -> list[Form]:
+    def ready(self, event: Ready, now: float, *, urgent: bool = False) -> list[Form]:
         pipeline = event.pipeline
         known = pipeline in self._steps
         self._steps[pipeline] = self.waiting[pipeline] = event.step
@@ -491,6 +546,7 @@ class GroupScheduler:
         self._job = _Job(rules, pipelines, stages)
         self._stages = [_Stage(number, hosts[number], set(self._live)) for number in range(stages)]
         self._lanes = [POLICIES[rules.policy](stage, self._job) for stage in self._stages]
+        self._order = _Order(pipelines) if rules.policy == "partial" and stages > 1 else None  # who holds needs it
         self._deadlines: dict[int, float] = {}  # stage -> when its round closes at the latest
         self._asked_for: float | None = None
 
@@ -500,7 +556,9 @@ class GroupScheduler:
 
     def waiting(self, stage: int) -> tuple[int, ...]:
         """The pipelines whose request at this stage has not been answered, sorted."""
-        return tuple(sorted((*self._lanes[stage].waiting, *self._stages[stage].drained)))
+        order = self._order
+        early = [] if order is None else [pipeline for pipeline in self._live if stage in order.early(pipeline)]
+        return tuple(sorted((*self._lanes[stage].waiting, *self._stages[stage].drained, *early)))
 
     @property
     def holding(self) -> int | None:
@@ -517,7 +575,7 @@ class GroupScheduler:
         return self._job.sizes[1]
 
     def handle(self, event: Event, now: float) -> list[Command]:
-        """The groups that this event completes, and when to come back with a `Tick` if nothing happens before.
+        """The groups that this event completes, and when to come back with a `Tick`.
 
         Raises:
             ValueError: a request of a pipeline that is not live or already waits at that stage; Joined of a live one.
@@ -534,13 +592,23 @@ class GroupScheduler:
             forms = self._left(event.pipeline, now)
         else:
             forms = self._joined(event.pipeline)
+        if self._order is not None:
+            self._follow(self._order, forms, now)
         commands: list[Command] = [*forms]
         wake = min(self._deadlines.values()) if self._deadlines else None
-        if wake != self._asked_for:
+        if isinstance(event, Tick) and self._asked_for is not None and now >= self._asked_for:
+            self._asked_for = None
+        if wake is not None and (self._asked_for is None or wake < self._asked_for):
             self._asked_for = wake
-            if wake is not None:
-                commands.append(WakeAt(wake))
+            commands.append(WakeAt(wake))
         return commands
+
+    def _follow(self, order: _Order, forms: list[Form], now: float) -> None:
+        """Takes in the requests that count once those forms are answered, and appends what they complete."""
+        for form in forms:  # which grows meanwhile
+            for ready in order.answered(form):
+                forms += self._lanes[ready.stage].ready(ready, now)
+                self._note_deadlines((ready.stage,))
 
     def _note_deadlines(self, stages: Iterable[int]) -> None:
         for stage in stages:
@@ -555,14 +623,20 @@ class GroupScheduler:
             raise ValueError(f"stage {stage} of {len(self._stages)}")
         if pipeline not in self._live:
             raise ValueError(f"pipeline {pipeline} asks at stage {stage} and is not live")
-        if pipeline in self._lanes[stage].waiting or pipeline in self._stages[stage].drained:
+        early = self._order is not None and stage in self._order.early(pipeline)
+        if early or pipeline in self._lanes[stage].waiting or pipeline in self._stages[stage].drained:
             raise ValueError(f"pipeline {pipeline} asks at stage {stage} and already waits there")
 
     def _ready(self, event: Ready, now: float) -> list[Form]:
         self._check(event.stage, event.pipeline)
         if event.scope not in SCOPES:
             raise ValueError(f"unknown scope {event.scope!r}; choose from {list(SCOPES)}")
-        forms = self._lanes[event.stage].ready(event, now)
+        urgent, order = False, self._order
+        if order is not None:
+            if not order.counts(event):
+                return []
+            urgent = order.is_urgent(event)
+        forms = self._lanes[event.stage].ready(event, now, urgent=urgent)
         self._note_deadlines((event.stage,))
         return forms
 
@@ -592,6 +666,8 @@ class GroupScheduler:
         if pipeline not in self._live:
             raise ValueError(f"pipeline {pipeline} leaves and is not live")
         self._live.remove(pipeline)
+        if self._order is not None:
+            self._order.left(pipeline)
         forms = []
         for stage, lane in zip(self._stages, self._lanes, strict=True):
             worked = pipeline in stage.working

@@ -183,7 +183,7 @@ def finish(trainer: Trainer, say: Say) -> None:
     world, journal = trainer.world, trainer.journal
     mine: dict[str, Any] = {"report": trainer.report().to_values(), "curve": [], "validations": []}
     if journal is not None:
-        mine |= {"curve": journal.log.curve, "validations": journal.log.validations}
+        mine |= {"curve": trainer.curve(), "validations": journal.log.validations}
     gathered = world.gather_to_zero(mine)
     if journal is not None:
         journal.log.close()

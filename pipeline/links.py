@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pipeline import frames
 from pipeline.frames import Header
 
 
 class Link:
-    """An outgoing connection, made when it is first used; whoever uses it holds `lock`."""
+    """An outgoing connection, made when it is first used, by one thread at a time."""
 
     def __init__(self, address: str, key: bytes, timeout_s: float, generation: int, once: bool) -> None:
         self.address, self.generation, self.once = address, generation, once
-        self.lock = threading.Lock()
-        self.sock: socket.socket | None = None
         self._key, self._timeout_s = key, timeout_s
+        self._using = threading.Lock()
+        self._sock: socket.socket | None = None
         self._ready = self._ended = False
 
-    def connected(self) -> socket.socket:
-        """The socket; raises `OSError` when it cannot be had."""
-        if not self._ready:
-            frames.dial(self.address, self._key, timeout_s=self._timeout_s, keep=self._keep)
-            self._ready = True
-        if self._ended or self.sock is None:
-            raise ConnectionAbortedError("the connection was given up")
-        return self.sock
+    @contextlib.contextmanager
+    def use(self) -> Iterator[socket.socket]:
+        """The connected socket, for this thread alone; raises `OSError` when it cannot be had."""
+        try:
+            with self._using:
+                if not self._ready:
+                    frames.dial(self.address, self._key, timeout_s=self._timeout_s, keep=self._keep)
+                    self._ready = True
+                if self._ended or self._sock is None:
+                    raise ConnectionAbortedError("the connection was given up")
+                yield self._sock
+        finally:
+            if self._ended:
+                self.end()
 
     def _keep(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self._sock = sock
         if self._ended:
             raise ConnectionAbortedError("the connection was given up")
 
+    @property
+    def in_use(self) -> bool:
+        return self._ready and self._using.locked()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the other end has gone away, of a connection on which it never sends."""
+        return self._ready and self._sock is not None and frames.is_cut(self._sock)
+
     def end(self) -> None:
-        """Wakes whoever is using it; says goodbye if nobody is."""
+        """Wakes whoever is using it, who then closes it; if nobody is, says goodbye and closes it."""
         self._ended = True
-        idle = self.lock.acquire(blocking=False)
+        if self._sock is None:
+            return
+        if not self._using.acquire(blocking=False):
+            frames.hang_up(self._sock)
+            return
         try:
-            if self.sock is not None:
-                if idle and self._ready:
-                    frames.say_bye(self.sock)
-                frames.hang_up(self.sock)
-                if idle:
-                    self.sock.close()
+            if self._ready:
+                frames.say_bye(self._sock)
+            frames.hang_up(self._sock)
+            self._sock.close()
         finally:
-            if idle:
-                self.lock.release()
+            self._using.release()
 
 
 class Caller:

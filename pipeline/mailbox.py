@@ -77,12 +77,12 @@ class Mailbox:
             self._changed.notify_all()
 
     def cut(self, pipeline: int, generation: int, own: int) -> bool:
-        """A connection broke that the two had made with these generations; True when that is news."""
+        """A connection broke that the two had made with these generations; False when it was over anyway."""
         with self._changed:
-            news = not self._is_gone(pipeline)
             self._mark(pipeline, generation, own)
             self._changed.notify_all()
-            return news and self._is_gone(pipeline)
+            current = generation >= self._generations.get(pipeline, 0) and own >= self.generation
+            return current and (self._known is None or pipeline in self._known)
 
     def _mark(self, pipeline: int, generation: int, own: int) -> None:
         theirs, mine = self._gone.get(pipeline, (-1, -1))
@@ -167,7 +167,7 @@ class Mailbox:
             probe: whether the connection to a pipeline is cut; asked now and then.
 
         Raises:
-            GroupBroken: a missing part's sender is gone, or gave up since another was.
+            GroupBroken: a missing part's sender is gone, or a member gave up since another was.
             PeerLost: the deadline passed.
         """
         started = monotonic()
@@ -195,9 +195,10 @@ class Mailbox:
             or members.get(self.pipeline, self.generation) != self.generation
         ):
             raise GroupBroken(self.pipeline)
-        for sender, round, _ in missing:
-            if (sender, round) in self._gave_up:
-                raise GroupBroken(self._gave_up[sender, round])
+        for member in members:
+            if (member, missing[0].round) in self._gave_up:
+                raise GroupBroken(self._gave_up[member, missing[0].round])
+        for sender, _, _ in missing:
             if self._is_gone(sender) or self._generations.get(sender, 0) != members[sender]:
                 raise GroupBroken(sender)
 

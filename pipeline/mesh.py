@@ -232,8 +232,7 @@ class Mesh:
             link = self._link(peer, purpose)
         own = self._mailbox.generation
         try:
-            with link.lock:
-                sock = link.connected()
+            with link.use() as sock:
                 self._count(frames.send_frame(sock, header, payload))
                 yield sock, frames.receive_header(sock)
         except TimeoutError as error:
@@ -258,8 +257,8 @@ class Mesh:
         except GroupBroken:
             return
         try:
-            with link.lock:
-                self._count(frames.send_frame(link.connected(), header, payload))
+            with link.use() as sock:
+                self._count(frames.send_frame(sock, header, payload))
         except TimeoutError as error:
             self._drop(peer, "parts", link)
             raise PeerLost(
@@ -274,8 +273,7 @@ class Mesh:
         """Whether the connection on which parts go to this peer is gone."""
         with self._lock:
             link = self._links.get((peer, "parts"))
-        sock = link.sock if link is not None else None
-        return sock is not None and frames.is_cut(sock)
+        return link is not None and link.is_cut
 
     def _link(self, peer: int, purpose: str) -> Link:
         if self._mailbox.is_gone(peer) or self._closed:
@@ -341,8 +339,8 @@ class Mesh:
     def _gone(self, caller: Caller) -> None:
         if caller.sender < 0 or caller.kind == Kind.STATE:
             return
-        news = self._mailbox.cut(caller.sender, caller.generation, caller.own)
-        if news and not caller.in_order and not self._closed:
+        counted = self._mailbox.cut(caller.sender, caller.generation, caller.own)
+        if counted and not caller.in_order and not self._closed:
             self.on_broken(caller.sender)
 
     def _take(self, sock: socket.socket, header: Header) -> None:

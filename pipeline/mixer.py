@@ -52,6 +52,11 @@ class MixStats:
         return _mean(self.sizes)
 
     @property
+    def mixed(self) -> int:
+        """How often this replica was in company."""
+        return sum(times for size, times in self.sizes.items() if size > 1)
+
+    @property
     def mean_staleness(self) -> float:
         return _mean(self.staleness)
 
@@ -394,6 +399,8 @@ class AsynchronousMixer:
 
 class NothingToMix:
     """Replicas that share gradients (all-reduce) have nothing to mix."""
+
+    step = 0
 
     def request(self) -> None:
         return None

@@ -1,8 +1,8 @@
 """One round of averaging, as one of its members sees it.
 
-    two       a <--- whole --> b                      each adds up the same parts in the same order
-    more      1. everybody sends chunk i to member i  (reduce-scatter; member i adds chunk i up)
-              2. member i sends the sum to everybody  (all-gather)
+two       a <--- whole --> b                      each adds up the same parts in the same order
+more      1. everybody sends chunk i to member i  (reduce-scatter; member i adds chunk i up)
+          2. member i sends the sum to everybody  (all-gather)
 """
 
 from __future__ import annotations

@@ -369,8 +369,8 @@ class Stage:
             torch._foreach_zero_(tensors)
 
     def floating_buffers(self) -> list[Tensor]:
-        """Running means and variances, live."""
-        return [b for _, module in self.modules for b in module.buffers() if b.is_floating_point()]
+        """Running means and variances, live, past autograd: it saved them with micro-batches but never reads them."""
+        return [b.data for _, module in self.modules for b in module.buffers() if b.is_floating_point()]
 
     # --- evaluation and state
 

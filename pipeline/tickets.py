@@ -4,6 +4,9 @@
     stage 0       k=3   k=4   k=5    end at k=6      asks, some way ahead
     stage 1, 2    7     9     12     end             are told by stage 0, so that all end at the same k
 
+A pipeline that was declared lost and has joined again lives anew: what stage 0 told in an earlier life is passed over,
+and in that life it told everybody that there is no more, since a stage may not yet know of the loss.
+
 k counts the batches of this pipeline over the whole run; micro-batches are numbered k * M + part.
 """
 
@@ -31,8 +34,9 @@ class TicketBook:
         self._client, self._transport = client, transport
         self._stage, self._stages = stage, stages
         # the others are told of a batch before stage 0 begins the one before; the last stage needs those of an update
-        self._ahead = accumulate if stages > 1 else accumulate - 1
+        self._ahead = 0 if stage else accumulate if stages > 1 else accumulate - 1
         self._segment = 0
+        self.life = 0  # the generation with which this pipeline takes part; the same on all stages
         self._known: dict[int, int] = {}
         self._next = 0  # the first k whose ticket is not yet known
         self._asked: dict[int, Future[int | None]] = {}
@@ -43,6 +47,11 @@ class TicketBook:
         """The batches of this segment begin with number `k` of this pipeline."""
         self._segment, self._next, self.end = segment, k, None
         self._asked.clear()
+
+    def part(self, k: int) -> None:
+        """This life is over: who waits for the first stage's word on batch `k` waits no longer."""
+        if self._stage == 0:
+            self._tell(k, END)
 
     def ticket(self, k: int) -> int | None:
         """The ticket of batch `k`; None at the end of the segment. Waits for whoever knows."""
@@ -73,13 +82,19 @@ class TicketBook:
             ticket = ABANDONED
         if ticket >= 0:
             self._asked[k + 1] = self._client.ticket(self._segment, k + 1)
-        for stage in range(1, self._stages):
-            self._transport.send(stage, "C", k, (torch.tensor([ticket]),))
+        self._tell(k, ticket)
         return ticket
 
+    def _tell(self, k: int, ticket: int) -> None:
+        for stage in range(1, self._stages):
+            self._transport.send(stage, "C", k, (torch.tensor([ticket, self.life]),))
+
     def _hear(self, k: int) -> int:
-        (ticket,) = self._transport.recv(0, "C", k)
-        return int(ticket)
+        while True:
+            (told,) = self._transport.recv(0, "C", k)
+            ticket, life = told.tolist()
+            if life >= self.life:
+                return int(ticket)
 
 
 @dataclass(frozen=True)

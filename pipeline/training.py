@@ -148,9 +148,7 @@ def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int) -
 class Trainer:
     """One rank of a training run; `profile` says how it is slowed down, for a simulation."""
 
-    def __init__(
-        self, plan: RunPlan, task: Task, world: World, transport: Transport, profile: Profile = EVEN
-    ) -> None:
+    def __init__(self, plan: RunPlan, task: Task, world: World, transport: Transport, profile: Profile = EVEN) -> None:
         self.plan, self.task, self.world, self.transport = plan, task, world, transport
         self.profile = profile
         self.settings, self.calendar = plan.settings, plan.calendar
@@ -441,6 +439,10 @@ class Trainer:
             raise UserError(
                 f"{folder} was written over {values['data']}, this run has {self._data_values()}; give the same"
             )
+
+    def curve(self) -> list[tuple[float, float]]:
+        """The loss after every batch, as (update, loss); of a last stage."""
+        return [] if self.journal is None else self.journal.log.curve
 
     def report(self) -> RankReport:
         """What this rank did, for the summary; spans on the clock of the day, which hosts share."""

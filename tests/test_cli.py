@@ -91,9 +91,36 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
     assert "did you mean --learning-rate?" in complaint(capsys, "--learning_rate=0.1")
 
 
-@pytest.mark.parametrize("later", ["--preduce", "--adpsgd", "--hetero=0.1"])
-def test_options_of_later_versions_are_refused(capsys: pytest.CaptureFixture[str], later: str) -> None:
-    assert f"unknown option {later}" in complaint(capsys, later)
+def test_an_option_that_does_not_exist_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown option --preducee; did you mean --preduce?" in complaint(capsys, "--preducee")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--local-sgd --preduce", "--local-sgd and --preduce were both given; give one"),
+        ("--overlap-sync", "--overlap-sync needs --preduce"),
+        ("--local-steps 8", "--local-steps needs --local-sgd"),
+        ("--min-replicas 2", "--min-replicas needs --preduce or --adpsgd or --local-sgd"),
+        ("--local-sgd --outer-momentum 0.5", "--outer-momentum needs --outer slowmo or --outer diloco"),
+        ("--local-sgd --local-steps 4 --host-steps 3", "give a divisor"),
+        ("--preduce --max-group 1", "--max-group 1: expected 2 or more"),
+        ("--preduce --amp fp16", "--amp fp16 with --preduce"),
+        ("--adpsgd --sync-momentum average", "add --adpsgd-matching sync"),
+        ("--hetero lots", "--hetero lots"),
+        ("--emulate fast", "--emulate fast"),
+    ],
+)
+def test_contradictory_options_of_replicas_are_refused(
+    capsys: pytest.CaptureFixture[str], line: str, expected: str
+) -> None:
+    assert expected in complaint(capsys, *line.split())
+
+
+def test_adpsgd_with_preduce_means_adpsgd() -> None:
+    assert parse_resnet(["--preduce", "--adpsgd"]).synchroniser == "adpsgd"
+    assert parse_resnet(["--preduce"]).synchroniser == "preduce"
+    assert parse_resnet([]).synchroniser == "allreduce"
 
 
 def test_options_of_bert_are_no_options_of_resnet(capsys: pytest.CaptureFixture[str]) -> None:
