@@ -46,6 +46,10 @@ local_2x2 = [[cpu(0), cpu(2)], [cpu(1), cpu(3)]]
 local_3x1 = [[cpu(0)], [cpu(1)], [cpu(2)]]
 local_4x1 = [[cpu(0)], [cpu(1)], [cpu(2)], [cpu(3)]]
 local_4x2 = [[cpu(0), cpu(4)], [cpu(1), cpu(5)], [cpu(2), cpu(6)], [cpu(3), cpu(7)]]
+local_2x3 = [[cpu(0), cpu(2), cpu(4)], [cpu(1), cpu(3), cpu(5)]]
+local_4x4 = [[cpu(4 * pipeline + stage) for pipeline in range(4)] for stage in range(4)]
+local_1x8 = [[cpu(pipeline) for pipeline in range(8)]]
+local_1x16 = [[cpu(pipeline) for pipeline in range(16)]]
 
 # CPUs of two machines: every pipeline crosses from w0 to w1.
 two_hosts_2x2 = [

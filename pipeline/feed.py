@@ -293,23 +293,25 @@ class _Unreadable:
     message: str
 
 
-@dataclass(frozen=True)
 class _Guarded:
-    """Reads the samples of one micro-batch and stacks them; a UserError becomes a value."""
+    """Reads the samples of one micro-batch, stacked; a UserError becomes a value."""
 
-    samples: Samples
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._read = samples.together if isinstance(samples, Stacked) else self._one_by_one
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._samples)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch | _Unreadable:
         try:
-            if isinstance(self.samples, Stacked):
-                return self.samples.together(keys)
-            columns = zip(*(self.samples[key] for key in keys), strict=True)
-            return tuple(default_collate(list(column)) for column in columns)
+            return self._read(keys)
         except UserError as error:
             return _Unreadable(str(error))
+
+    def _one_by_one(self, keys: list[tuple[int, int]]) -> Batch:
+        columns = zip(*(self._samples[key] for key in keys), strict=True)
+        return tuple(default_collate(list(column)) for column in columns)
 
 
 @dataclass(frozen=True)

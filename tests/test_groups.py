@@ -433,6 +433,7 @@ class World:
         self.lives = [0] * pipelines
         self.messages: set[tuple[int, int, Op, int]] = set()  # (pipeline, stage that did it, F or B, micro-batch)
         self.mixing: dict[int, set[int]] = {}  # round -> who has come to its average
+        self.promised: dict[int, dict[int, int]] = {}  # round -> member -> its life; who has another broke the group
         self.batches = Counter[int]()
         self.finals = Counter[tuple[int, int]]()  # (segment, stage)
         self.closing = -1
@@ -469,6 +470,7 @@ class World:
     def formed(self, form: Form) -> None:
         if not form.final:
             self.sizes[len(form.members)] += 1
+        self.promised[form.round] = {member: self.lives[member] for member in form.members}
         for member in form.members:
             worker = self.workers[form.stage, member]
             worker.group = form
@@ -540,7 +542,8 @@ class World:
                 for member in worker.group.members:
                     if member != pipeline:
                         self.at(self.now, "go", (stage, member, self.lives[member]))
-            return all(member in come or member not in self.live for member in worker.group.members)
+            lives = self.promised[worker.group.round]
+            return all(member in come or self.lives[member] != life for member, life in lives.items())
         return True
 
     def go(self, worker: _Worker) -> None:

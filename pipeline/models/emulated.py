@@ -38,7 +38,8 @@ class _Share(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation, clock: Clock) -> Tensor:
         end = clock.now() + emulation.forward_ms / 1e3
         number, so_far = x.unbind(1)  # (batch,) each
-        share = (weight.square().mean() - 2 * weight.mean() * number + number.square()) / 2
+        square = torch.dot(weight, weight) / len(weight)
+        share = number * (number / 2 - weight.mean()) + square / 2
         y = torch.stack((number, so_far + share), 1)
         ctx.save_for_backward(number, weight)
         ctx.emulation, ctx.clock = emulation, clock
@@ -50,7 +51,7 @@ class _Share(torch.autograd.Function):
         end = ctx.clock.now() + ctx.emulation.backward_ms / 1e3
         number, weight = ctx.saved_tensors
         pull = gradient[:, 1]  # how much each sample's share counts in the loss
-        of_weight = (weight * pull.sum()).sub_((pull * number).sum())
+        of_weight = torch.add(-torch.dot(pull, number), weight, alpha=float(pull.sum()))
         ctx.clock.wait_until(end)
         return gradient if ctx.needs_input_grad[0] else None, of_weight, None, None
 
