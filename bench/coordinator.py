@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.coordinator import spawn_coordinator
 from pipeline.curve import curve_keys
-from pipeline.director import JobRules
 from pipeline.groups import Form, GroupScheduler, Ready, Rules, Tick
+from pipeline.roll import JobRules
 
 WARM_UP_S = 1.0
 

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import zmq
@@ -28,13 +29,14 @@ from zmq.utils.monitor import parse_monitor_message
 
 from heturun.wire import split_address
 from pipeline.curve import curve_keys
-from pipeline.director import JobRules as JobRules
 from pipeline.errors import CoordinatorLost, Fenced, TooFewReplicas, UserError
+from pipeline.roll import JobRules as JobRules
 
 FRAME_BYTES = 1 << 20  # the coordinator takes no longer message
 PAUSE_S = 0.5  # oversleeping by more than that means that this process was frozen, not the coordinator
 PROBE_S = 0.5
 FAREWELL_S = 2.0
+STRANGERS_TRIES = 20  # connections that are cut before their handshake: about 2 s
 PATIENCE_S = 10.0  # the least silence of the coordinator that is taken for its end
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -55,11 +57,15 @@ class Replaced(RuntimeError):
 
 
 class Group(NamedTuple):
-    """Who averages together; `round` is -1 for a pipeline that is not whole and stays alone."""
+    """Who averages together; `round` is -1 for a pipeline that is not whole and stays alone.
+
+    `generations` are the members' when the group was formed: who has been lost since will not come.
+    """
 
     round: int
     members: tuple[int, ...]
     reason: str
+    generations: Mapping[int, int] = MappingProxyType({})
 
 
 class Welcome(NamedTuple):
@@ -146,6 +152,7 @@ class Client:
         self._outbox: deque[bytes] = deque()
         self._failure: Callable[[], Exception] | None = None  # what all questions fail with from now on
         self._closed = False
+        self._ended = False  # the thread
         self._giver: int | None = None
         self._wake_end, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -172,7 +179,7 @@ class Client:
             "pipeline": self.pipeline,
             "incarnation": self.incarnation,
             "mesh": self._mesh,
-            "timeout": self._timeout_s,
+            "timeout": float(self._timeout_s),
             "rules": self._rules.message(),
         }
         future = self._ask("hello", fields, self._welcomed)
@@ -193,11 +200,11 @@ class Client:
 
     def ready(self, step: int, scope: str = "") -> Future[Group]:
         """Asks for a group to average with; a pipeline that is not whole stays alone."""
-        return self._ask("ready", {"step": step, "scope": scope}, _group)
+        return self._ask("ready", {"step": step, "scope": scope}, self._formed)
 
     def final(self, segment: int, attempt: int = 0) -> Future[Group]:
         """All live replicas of this stage, when all have drained; the next attempt after a member was lost."""
-        return self._ask("final", {"segment": segment, "attempt": attempt}, _group)
+        return self._ask("final", {"segment": segment, "attempt": attempt}, self._formed)
 
     def gather(self, key: str, value: Any, scope: str) -> Future[dict[int, Any]]:
         """The values of all live members of the scope, by worker rank; the same for all of them.
@@ -248,7 +255,7 @@ class Client:
             failure = self._failure
             if failure is None and self._closed:
                 failure = _closed
-            if failure is None or (kind == "bye" and self._thread.is_alive()):
+            if failure is None or (kind == "bye" and not self._ended):
                 self._asked += 1
                 message = {"type": kind, "n": self._asked, "g": self.generation, **fields}
                 payload = _encode(message).encode()
@@ -289,6 +296,11 @@ class Client:
             self.peers = dict(answer["peers"])
             self._giver = None
         return Welcome(answer["g"], answer["late"], answer["segment"], answer["k"])
+
+    def _formed(self, answer: Message) -> Group:
+        members = tuple(answer["members"])
+        generations = {member: self.generations.get(member, 0) for member in members}
+        return Group(answer["round"], members, answer["reason"], generations)
 
     def _given(self, answer: Message) -> tuple[int, str]:
         self._giver = answer["pipeline"]
@@ -370,12 +382,11 @@ class Client:
             text = str(error)
             self._fail(lambda: CoordinatorLost(text))
         except BaseException as error:  # a callback's, or ours: whoever waits must know
-            text = f"the client of the coordinator failed: {error!r}"
-            self._fail(lambda: CoordinatorLost(text))
-            raise
+            cause = error
+            self._fail(lambda: _with_cause(cause))
         finally:
             with self._lock:
-                self._failure = self._failure or _closed
+                self._failure, self._ended = self._failure or _closed, True
                 calls, self._calls = list(self._calls.values()), {}
                 self._outbox.clear()
             for call in calls:
@@ -453,7 +464,8 @@ class _Line:
         self._server_key, self._keys = server_key, keys
         self.strange = False  # the other end does not share our key
         self._events = 0
-        self._known = False
+        self._known = False  # there was a handshake once
+        self._cut = 0  # connections that were cut before that
         self._again = False
         self._connect()
 
@@ -533,12 +545,10 @@ class _Line:
                 self._greeted = self._known = True
             elif event in (zmq.Event.DISCONNECTED, zmq.Event.CONNECT_RETRIED):
                 self._broke = True
+                self._cut += event == zmq.Event.DISCONNECTED
+                self.strange = self.strange or (not self._known and self._cut > STRANGERS_TRIES)
             elif not self._known:
                 self.strange = True
-
-
-def _group(answer: Message) -> Group:
-    return Group(answer["round"], tuple(answer["members"]), answer["reason"])
 
 
 def _values(answer: Message) -> dict[int, Any]:
@@ -547,6 +557,12 @@ def _values(answer: Message) -> dict[int, Any]:
 
 def _closed() -> Exception:
     return CoordinatorLost("this client of the coordinator is closed")
+
+
+def _with_cause(cause: BaseException) -> CoordinatorLost:
+    error = CoordinatorLost(f"the client of the coordinator failed: {cause!r}")
+    error.__cause__ = cause
+    return error
 
 
 def _resolve(future: Future[Any], value: Any) -> None:

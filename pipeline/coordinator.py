@@ -36,8 +36,10 @@ from zmq.utils.z85 import encode as z85_encode
 from heturun.control import Control
 from heturun.wire import join_address, split_address
 from pipeline.curve import curve_keys
-from pipeline.director import Director, Malformed, Outgoing
+from pipeline.director import Director
 from pipeline.errors import CoordinatorLost, UserError
+from pipeline.post import Outgoing
+from pipeline.roll import Malformed
 
 FRAME_BYTES = 1 << 20
 BATCH = 256  # messages between two looks at the clock
@@ -213,10 +215,8 @@ class Coordinator:
             print(f"coordinator: {text}", file=sys.stderr, flush=True)
 
     def _say(self) -> None:
-        if self._director.notes:
-            for note in self._director.notes:
-                print(f"coordinator: {note}", file=sys.stderr, flush=True)
-            self._director.notes.clear()
+        for note in self._director.take_notes():
+            print(f"coordinator: {note}", file=sys.stderr, flush=True)
 
 
 def _decode(frames: list[bytes]) -> dict[str, Any]:

@@ -101,12 +101,12 @@ class ElasticTrainer(Trainer):
             "distance": self.distance,
             "mixed_bytes": world.mesh.bytes_sent,
             "lost": len(world.lost),
+            **{f"groups_of_{size}": times for size, times in sorted(stats.sizes.items())},
         }
 
     def report(self) -> RankReport:
         stats, world = self.world.stats, self.world
-        groups = {str(size): times for size, times in sorted(stats.sizes.items())}
-        mixing = {**self._mixing(), "groups": groups, "broken": stats.broken, "lost": world.lost}
+        mixing = {**self._mixing(), "broken": stats.broken, "lost": list(world.lost)}
         whole = super().report()
         return dataclasses.replace(
             whole,
@@ -233,7 +233,7 @@ class ElasticTrainer(Trainer):
             sleep(COPY_AGAIN_S)
 
     def _run_segment(self) -> None:
-        world, segment = self.world, self.segment
+        world, segment, began = self.world, self.segment, perf_counter()
         world.begin_segment(segment)
         world.client.begin(segment, *self.segments.tickets(segment))
         self.book.begin(segment, self.k)
@@ -242,6 +242,7 @@ class ElasticTrainer(Trainer):
         if self.book.abandoned:
             raise world.client.failure or CoordinatorLost("the coordinator is gone")
         self._average(segment)
+        self.stretches.append((began, perf_counter()))
         self._at_stop(segment)
         self.segment = segment + 1
 
@@ -265,7 +266,9 @@ class ElasticTrainer(Trainer):
         self.batches = self.segments.stops[segment]
         live = self.world.live_pipelines()
         if self.journal is not None:
-            self.journal.stopped(self.batches, self._mixing())
+            self.journal.stopped(
+                self.batches, self._mixing(), pipeline=self.world.pipeline, samples=float(self.samples)
+            )
         self.saver = min(live)
         if self.world.pipeline not in live:
             raise Fenced("the others agreed on going on without this pipeline")
@@ -329,7 +332,7 @@ class ElasticTrainer(Trainer):
             group = world.client.final(segment, attempt).result()
             mean: Tensor | None = None
             with suppress(GroupBroken):  # the survivors try again
-                mean = world.mesh.average(mine, group.members, group.round)
+                mean = world.mesh.average(mine, group.members, group.round, generations=group.generations)
             # of all stages: nobody begins the next segment while others still average
             answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "all").result()
             if mean is not None and all(answer.values()):

@@ -184,13 +184,14 @@ class ElasticJournal(Journal):
         self._window_ticket = self._last_ticket + 1
         self._close_window(batches, (batches - 1) % self._calendar.batches_per_epoch + 1)
 
-    def stopped(self, batches: int, mixing: Mapping[str, float]) -> None:
-        """A segment is over at the calendar's `batches`; all last stages call this."""
+    def stopped(self, batches: int, mixing: Mapping[str, float], *, pipeline: int, samples: float) -> None:
+        """A segment is over at the calendar's `batches`; all last stages call this, with what they did so far."""
         if self._own:
             self._end_window(batches)
         self._last_batches = batches
         if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:
-            self._close_epoch(batches, mixing)
+            done = self._sum_over_pipelines({f"samples_of_pipeline_{pipeline}": samples})
+            self._close_epoch(batches, {**mixing, **dict(sorted(done.items()))})
 
 
 class WhoeverSpeaks:

@@ -213,6 +213,13 @@ class TensorBoard:
         for name, tag in self.TAGS.get(event, {}).items():
             if name in values:
                 self._writer.add_scalar(tag, values[name], step)
+        for name in values:
+            if name.startswith("samples_of_pipeline_"):
+                self._writer.add_scalar(f"Replicas/{name}", values[name], step)
+        groups = {name: times for name, times in values.items() if name.startswith("groups_of_")}
+        if groups:
+            sizes = [int(name.removeprefix("groups_of_")) for name, times in groups.items() for _ in range(int(times))]
+            self._writer.add_histogram("Replicas/group_size", torch.tensor(sizes), step, bins="auto")
         if event in ("train", "validation"):
             self._writer.flush()
 

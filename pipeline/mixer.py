@@ -89,11 +89,14 @@ class Link:
             return self.joined(self.client.ready(request.step, request.scope))
         if isinstance(request, Average):
             group = request.group
-            return self.mesh.average(request.x, group.members, group.round)
+            return self.mesh.average(request.x, group.members, group.round, generations=group.generations)
         if isinstance(request, Broadcast):
             group = request.group
-            return self.mesh.broadcast_from(request.x, group.members, group.round, request.root)
+            members, generations = group.members, group.generations
+            return self.mesh.broadcast_from(request.x, members, group.round, request.root, generations=generations)
         assert isinstance(request, Swap)
+        if self.client.fenced:  # its weights are out of date
+            raise Fenced("this pipeline was declared lost")
         return self.mesh.swap(request.peer, request.x)
 
     def joined(self, answer: Future[Answered]) -> Group:
@@ -216,13 +219,13 @@ class BlockingMixer:
 
 @dataclass
 class _Job:
-    """A copy of the weights that is being averaged, and what became of it."""
+    """A copy of the weights that is being averaged, and what became of it: average - copy, or None for nothing."""
 
     snapshot: Tensor
     step: int
     rate: float
     done: threading.Event = field(default_factory=threading.Event)
-    result: Tensor | None = None
+    correction: Tensor | None = None
     error: BaseException | None = None
 
 
@@ -241,6 +244,7 @@ class OverlappedMixer:
         self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
         self._rate = rate
         self.step = 0
+        self._copy = vector.read()  # the memory of all snapshots, of which there is one at a time
         self._job: _Job | None = None
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="overlapped-mixing")
@@ -257,7 +261,7 @@ class OverlappedMixer:
         if self._job is not None and self._job.done.is_set():
             self._correct(self._job)
         if self._job is None:
-            self._job = _Job(self._vector.read(), self.step, self._rate())
+            self._job = _Job(self._snapshot(), self.step, self._rate())
             self._jobs.put(self._job)
         self._link.stats.mixed_s += perf_counter() - started
 
@@ -271,20 +275,29 @@ class OverlappedMixer:
     def close(self) -> None:
         self._jobs.put(None)
 
+    def _snapshot(self) -> Tensor:
+        if self._copy.numel() != self._vector.size:  # the optimiser's state has come into being
+            self._copy = self._vector.read()
+        else:
+            self._vector.read_into(self._copy)
+        return self._copy
+
     def _correct(self, job: _Job) -> None:
         self._job = None
         if job.error is not None:
             raise job.error
-        if job.result is not None and job.result is not job.snapshot:
+        if job.correction is not None:
             self._link.stats.staleness[self.step - job.step] += 1
             with self._guard:
-                self._vector.add(job.result.sub_(job.snapshot))
+                self._vector.add(job.correction)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 talk = Conversation(self._sync.mix(job.snapshot, job.step, learning_rate=job.rate), self._link)
-                job.result = talk.finish()
+                result = talk.finish()
+                if result is not None and result is not job.snapshot:
+                    job.correction = result.sub_(job.snapshot)
             except BaseException as error:  # handed to the training thread
                 job.error = error
             job.done.set()
@@ -438,7 +451,7 @@ class MeshReducer:
             slots, leaves = self._weights.slots, self._weights.newest.leaves
             pairs = zip(self._weights.gradients, leaves, strict=True)
             flat = torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for g, leaf in pairs])
-            mean = self._link.mesh.average(flat, group.members, group.round)
+            mean = self._link.mesh.average(flat, group.members, group.round, generations=group.generations)
             parts = torch.split(mean, [slot.size for slot in slots])
             self._weights.gradients[:] = [part.view(slot.shape) for part, slot in zip(parts, slots, strict=True)]
         self._link.stats.mixed_s += perf_counter() - met

@@ -53,8 +53,9 @@ OTHER = ("wait, send, receive", "#d8d8d8")
 class RankReport:
     """What one rank did.
 
-    `samples` were trained in `seconds`; `versions` is the most weight versions held at one time; `spans` are those of
-    the last steps, on a clock that all ranks share (`trace.shift` moves them to the time of day).
+    `samples` were trained in `seconds`; `versions` is the most weight versions held at one time. `stretches` are the
+    (begin, end) of training between stops, the agreeing of replicas at their end included; `spans` are those of the
+    last steps. Both are on a clock that all ranks share (`trace.shift` moves spans to the time of day).
     """
 
     rank: int
@@ -69,6 +70,7 @@ class RankReport:
     bytes_sent: int
     mixing: Mapping[str, Any] | None = None  # what was mixed with replicas: groups (size -> times), waited_s, ...
     busy_s: float | None = None  # of `seconds`, spent computing; None: judged by the spans of the last steps
+    stretches: tuple[tuple[float, float], ...] = ()
     spans: tuple[Span, ...] = ()
 
     @property
@@ -95,7 +97,8 @@ class RankReport:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RankReport:
         """The inverse of `to_values`; actions of spans become text."""
-        return cls(**{**values, "spans": tuple(spans_from_values(values["spans"]))})
+        stretches = tuple((begin, end) for begin, end in values.get("stretches", ()))
+        return cls(**{**values, "stretches": stretches, "spans": tuple(spans_from_values(values["spans"]))})
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -145,6 +148,28 @@ def summary_table(reports: Sequence[RankReport]) -> Table:
     return table
 
 
+def mixing_text(reports: Sequence[RankReport]) -> str:
+    """How the replicas were kept together, in a sentence; "" where they shared gradients or nothing."""
+    mixed = [report.mixing for report in reports if report.mixing is not None]
+    sizes: dict[int, int] = {}
+    for mixing in mixed:
+        for name, times in mixing.items():
+            if name.startswith("groups_of_"):
+                size = int(name.removeprefix("groups_of_"))
+                sizes[size] = sizes.get(size, 0) + times
+    if not sizes:
+        return ""
+    count = sum(sizes.values())
+    shares = ", ".join(f"{times / count:.1%} of {size}" for size, times in sorted(sizes.items()))
+    mean = sum(size * times for size, times in sizes.items()) / count
+    waited = sum(mixing["waited_s"] for mixing in mixed) / max(1e-9, sum(report.seconds for report in reports))
+    lost = sorted({pipeline for mixing in mixed for pipeline in mixing["lost"]})
+    parts = [f"groups of {mean:.2f} on average ({shares})", f"{waited:.1%} of the time spent waiting for them"]
+    if lost:
+        parts.append(f"lost meanwhile: pipeline {', '.join(map(str, lost))}")
+    return "; ".join(parts)
+
+
 def summary_text(reports: Sequence[RankReport]) -> str:
     """The table without colours, for a file or a log."""
     from rich.console import Console
@@ -171,6 +196,8 @@ def write_reports(
     """
     out = Path(out)
     text = summary_text(reports)
+    if mixed := mixing_text(reports):
+        text += mixed + "\n"
     say(text.rstrip("\n"))
     spans = [span for report in _ordered(reports) for span in report.spans]
     values = {

@@ -1,7 +1,7 @@
 """Who takes part in a job: its rules, its pipelines and their workers, and what a message must look like.
 
-    coming ──all said hello──► live ──silence, suspicion, the launcher's notice──► away ──all stages refreshed──► live
-                                └──────────────bye──────────► finished                └─ (generation + 1)
+coming ──all said hello──► live ──silence, suspicion, the launcher's notice──► away ──all stages refreshed──► live
+                            └──────────────bye──────────► finished                └─ (generation + 1)
 """
 
 from __future__ import annotations

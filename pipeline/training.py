@@ -169,6 +169,7 @@ class Trainer:
         self.executor = self._make_executor()
         self.journal = self._make_journal() if self.is_last else None
         self.seconds = 0.0
+        self.stretches: list[tuple[float, float]] = []  # of training, between two stops
         self.samples = 0
 
     @property
@@ -262,9 +263,11 @@ class Trainer:
         if self.journal is not None:
             self.journal.begin(self.batches)
         while self.batches < self.calendar.total_batches:
+            began = perf_counter()
             self._run_to(self.calendar.next_stop(self.batches))
             self._average_buffers()
             started = perf_counter()
+            self.stretches.append((began, started))
             if self.calendar.validates(self.batches):
                 self._validate(pipelines=self.world.num_pipelines, pipeline=self.world.pipeline)
             if self.calendar.checkpoints(self.batches):
@@ -445,7 +448,8 @@ class Trainer:
         return [] if self.journal is None else self.journal.log.curve
 
     def report(self) -> RankReport:
-        """What this rank did, for the summary; spans on the clock of the day, which hosts share."""
+        """What this rank did, for the summary; times on the clock of the day, which hosts share."""
+        to_day = time() - perf_counter()
         return RankReport(
             rank=self.world.rank,
             host=self.world.host,
@@ -458,5 +462,6 @@ class Trainer:
             versions=self.stage.weights.versions,
             peak_bytes=peak_memory_bytes(str(self.world.device)),
             bytes_sent=self.transport.bytes_sent + self.reducer.bytes_sent,
-            spans=tuple(shift(self.recorder.spans(), time() - perf_counter())),
+            stretches=tuple((begin + to_day, end + to_day) for begin, end in self.stretches),
+            spans=tuple(shift(self.recorder.spans(), to_day)),
         )

@@ -130,7 +130,7 @@ def test_a_worker_with_other_rules_is_refused_in_one_line() -> None:
     other = {**job.rules.message(), "max_group": 3}
     answer = job.answer(job.hello(1, rules=other))
     assert answer is not None and answer["error"] == "refused"
-    assert "max_group 3 (the first worker: 8)" in answer["text"] and "\n" not in answer["text"]
+    assert "max_group 3 (the first: 8)" in answer["text"] and "\n" not in answer["text"]
 
 
 def test_the_time_limit_of_the_start_names_who_is_missing() -> None:
@@ -431,7 +431,14 @@ def test_processes_that_were_started_again_come_back() -> None:
                 "hello",
                 1,
                 0,
-                **{"stage": 0, "pipeline": 1, "incarnation": 0, "mesh": "", "timeout": 1, "rules": job.rules.message()},
+                **{
+                    "stage": 0,
+                    "pipeline": 1,
+                    "incarnation": 0,
+                    "mesh": "",
+                    "timeout": 1.0,
+                    "rules": job.rules.message(),
+                },
             )
         )
         == "replaced"

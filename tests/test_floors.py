@@ -44,6 +44,7 @@ FLOORS = {
     "pipeline.groups": 0,
     "pipeline.hetero": 0,
     "pipeline.placement": 0,
+    "pipeline.post": 0,
     "pipeline.roll": 0,
     "pipeline.settings": 0,
     "pipeline.shares": 0,

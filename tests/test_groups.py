@@ -392,6 +392,7 @@ class Case:
     seed: int = 0
     failures: tuple[tuple[float, int, float], ...] = ()  # (when, pipeline, seconds until it wants to join)
     early: bool = True  # ask before the backward, or after the update
+    latency_s: float = 0.0  # requests travel for up to this long, and overtake each other
     separate: bool = False  # a scheduler per stage: the trap
 
     @property
@@ -482,6 +483,14 @@ class World:
         for member in form.members:
             self.at(self.now, "go", (form.stage, member, self.lives[member]))
 
+    def send(self, event: Ready | Final) -> None:
+        self.count += 1
+        delay = self.case.latency_s * (draw(self.case.seed, self.count) % 1000) / 1000
+        if delay:
+            self.at(self.now + delay, "message", (event, self.lives[event.pipeline]))
+        else:
+            self.schedule(event)
+
     # programs
 
     def begin(self, worker: _Worker, segment: int) -> None:
@@ -553,7 +562,7 @@ class World:
             if action is None:
                 worker.state = "draining"
                 worker.asked = self.now
-                self.schedule(Final(worker.stage, worker.pipeline))
+                self.send(Final(worker.stage, worker.pipeline))
                 return
             if not self.may_start(worker, action):
                 return
@@ -565,7 +574,7 @@ class World:
             if action.op is (Op.JOIN if self.case.early else Op.UPDATE):
                 worker.step += 1
                 worker.group, worker.asked = None, self.now
-                self.schedule(Ready(worker.stage, worker.pipeline, worker.step))
+                self.send(Ready(worker.stage, worker.pipeline, worker.step))
             worker.at = next(worker.program, None)
 
     def done(self, worker: _Worker) -> None:
@@ -638,6 +647,10 @@ class World:
             if kind == "tick":
                 self.ticks += 1
                 self.schedule(Tick())
+            elif kind == "message":
+                event, life = what
+                if self.lives[event.pipeline] == life:
+                    self.schedule(event)
             elif kind == "lose":
                 self.lose(*what)
             elif kind == "back":
@@ -697,6 +710,7 @@ def random_case(seed: int) -> Case:
         seed=seed,
         failures=failures,
         early=pick(True, True, False),
+        latency_s=pick(0.0, 0.0, 0.001, 0.02),
     )
 
 

@@ -53,7 +53,7 @@ def test_the_command_that_is_installed_is_heturun() -> None:
     assert list(project()["project"]["scripts"]) == ["heturun"]
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # of modules with another name
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "zmq": "pyzmq"}  # of modules with another name
 BROUGHT = {"numpy": "torchvision", "PIL": "torchvision"}  # modules of a dependency's own dependency
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pipeline.report import (
     draw_losses,
     draw_timeline,
     human_bytes,
+    mixing_text,
     peak_memory_bytes,
     smooth,
     summary_text,
@@ -174,3 +176,13 @@ def test_losses_are_drawn_with_and_without_a_validation(tmp_path: Path) -> None:
 def test_a_report_is_made_without_importing_what_draws_it() -> None:
     code = "import sys, pipeline.report; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_summary_says_how_replicas_were_kept_together() -> None:
+    mixing = {"groups_of_1": 1, "groups_of_4": 9, "waited_s": 0.5, "lost": [2]}
+    mixed = [dataclasses.replace(report, mixing=mixing, seconds=10.0) for report in reports()]
+    assert mixing_text(mixed) == (
+        "groups of 3.70 on average (10.0% of 1, 90.0% of 4); 5.0% of the time spent waiting for them; "
+        "lost meanwhile: pipeline 2"
+    )
+    assert mixing_text(reports()) == ""
