@@ -251,6 +251,9 @@ class _Job:
             self._lose(pipeline, f"its processes were started again (incarnation {incarnation})", now)
         else:
             pipeline.generation += 1
+        for worker in pipeline.workers.values():
+            for asked in list(worker.asks):
+                self._fail(worker, asked, "replaced", STRANGER)
         self.roll.renew(pipeline, incarnation)
         pipeline.state = "coming" if self._scheduler is None else "away"
 

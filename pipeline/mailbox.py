@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Mailbox:
         self._gone: dict[int, tuple[int, int]] = {}  # pipeline -> (its generation, own generation) that are over
         self._parts: dict[Key, Tensor] = {}
         self._posted: dict[Key, Tensor] = {}
+        self._missing: list[set[Key]] = []  # of each thread that collects
         self._gave_up: dict[tuple[int, int], int] = {}  # (sender, round) -> the pipeline that was lost
         self._active: list[int] = []
         self._floor = -1  # rounds below are over
@@ -118,7 +119,10 @@ class Mailbox:
         with self._changed:
             if generation >= self._generations.get(key.sender, 0) and key.round >= self._floor:
                 self._parts[key] = memory
-                self._changed.notify_all()
+                for missing in self._missing:
+                    missing.discard(key)
+                if not all(self._missing):  # somebody has everything now
+                    self._changed.notify_all()
 
     def put_gave_up(self, sender: int, round: int, lost: int) -> None:
         with self._changed:
@@ -173,7 +177,7 @@ class Mailbox:
         started = monotonic()
         while True:
             with self._changed:
-                missing = [key for key in keys if key not in self._parts]
+                missing = {key for key in keys if key not in self._parts}
                 if not missing:
                     for key in keys:
                         self._posted.pop(key, None)
@@ -182,29 +186,37 @@ class Mailbox:
                 now = monotonic()
                 if now >= deadline:
                     raise PeerLost(self._complaint(missing, now - started))
-                if self._changed.wait(min(PROBE_S, deadline - now)):
+                if self._wait(missing, min(PROBE_S, deadline - now)):
                     continue
             for sender in {key.sender for key in missing}:
                 if probe(sender):  # not under the lock: it takes others
                     self.cut(sender, members[sender], members[self.pipeline])
 
-    def _check(self, missing: Sequence[Key], members: Mapping[int, int]) -> None:
+    def _wait(self, missing: set[Key], seconds: float) -> bool:
+        """Until all have come or something else has changed; False after so many seconds."""
+        self._missing.append(missing)
+        try:
+            return self._changed.wait(seconds)
+        finally:
+            self._missing = [other for other in self._missing if other is not missing]
+
+    def _check(self, missing: Iterable[Key], members: Mapping[int, int]) -> None:
         if (
             self._closed
             or self._is_gone(self.pipeline)
             or members.get(self.pipeline, self.generation) != self.generation
         ):
             raise GroupBroken(self.pipeline)
-        for member in members:
-            if (member, missing[0].round) in self._gave_up:
-                raise GroupBroken(self._gave_up[member, missing[0].round])
-        for sender, _, _ in missing:
+        for sender, round, _ in missing:
+            for member in members:
+                if (member, round) in self._gave_up:
+                    raise GroupBroken(self._gave_up[member, round])
             if self._is_gone(sender) or self._generations.get(sender, 0) != members[sender]:
                 raise GroupBroken(sender)
 
-    def _complaint(self, missing: Sequence[Key], waited_s: float) -> str:
+    def _complaint(self, missing: Iterable[Key], waited_s: float) -> str:
         names = ", ".join(f"pipeline {sender}" for sender in sorted({key.sender for key in missing}))
         return (
             f"pipeline {self.pipeline} waited {round(waited_s, 1):g} s for the weights of {names} "
-            f"in round {missing[0].round}"
+            f"in round {min(key.round for key in missing)}"
         )

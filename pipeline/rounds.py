@@ -66,9 +66,8 @@ class Round:
         theirs = dict(zip(self._others, self.collect(self._others, 2 * part, mine), strict=True))
         mean.copy_(mean_of([theirs.get(member, mine) for member in self._members]))
         self.send_to_others(mean, 2 * part + 1)
-        for member in self._others:
-            target = chunks[member][1]
-            (came,) = self.collect([member], 2 * part + 1, target)
+        targets = [chunks[member][1] for member in self._others]
+        for target, came in zip(targets, self.collect(self._others, 2 * part + 1, *targets), strict=True):
             if came.data_ptr() != target.data_ptr():
                 target.copy_(came)
         return result
@@ -81,13 +80,13 @@ class Round:
         header = Header(Kind.PART, self._mesh.pipeline, self._mailbox.generation, self._number, part)
         self._mesh.send(member, header, view_of(x))
 
-    def collect(self, senders: Sequence[int], part: int, like: Tensor) -> list[Tensor]:
-        """The parts of these members, shaped like `like`."""
+    def collect(self, senders: Sequence[int], part: int, *like: Tensor) -> list[Tensor]:
+        """The parts of these members, shaped like `like`: one for each, or one for all."""
         keys = [Key(sender, self._number, part) for sender in senders]
         parts = self._mailbox.collect(keys, self._generations, deadline=self._deadline, probe=self._mesh.is_cut)
         return [
-            shaped_like(memory, like, f"pipeline {key.sender} sent in round {key.round}")
-            for key, memory in zip(keys, parts, strict=True)
+            shaped_like(memory, like[at % len(like)], f"pipeline {key.sender} sent in round {key.round}")
+            for at, (key, memory) in enumerate(zip(keys, parts, strict=True))
         ]
 
     def give_up(self, lost: int) -> None:

@@ -115,7 +115,9 @@ def with_reduce(order: Iterable[Action]) -> Program:
 def with_mixing(order: Iterable[Action]) -> Program:
     """Mixes weights with other replicas after every update; asks for partners before the backward that leads to it.
 
-    F5 B5 U5  ->  F5 J5 B5 U5 W5 X5
+    RG5 B5 SG5 U5  ->  RG5 J5 B5 SG5 U5 W5 X5
+
+    The last pass: who asks has all that the backward needs, so that partners wait for arithmetic only.
     """
     held: list[Action] = []  # the last backward seen and what follows it
     for action in order:
@@ -261,11 +263,10 @@ def program(schedule: Schedule, shape: Shape, stage: int, feed: Iterable[int]) -
             order = with_borrowed_weights(order, updates_of(schedule, shape, owner, feed))
     if shape.replicas > 1:
         order = with_reduce(order)
-    if shape.mixing:
-        order = with_mixing(order)
     if shape.norm:
         order = with_norm(order)
-    return with_transfers(order, stage, shape.stages)
+    order = with_transfers(order, stage, shape.stages)
+    return with_mixing(order) if shape.mixing else order
 
 
 def forward_only(stage: int, stages: int, feed: Sequence[int]) -> Program:

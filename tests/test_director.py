@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -633,3 +634,62 @@ def test_a_crash_after_the_end_is_no_loss() -> None:
     job.say("bye", 1)
     job.lose(1)
     assert not job.pushes("lost", 0)
+
+
+# --- anything at any time
+
+
+def anything(job: Job, chance: random.Random, incarnations: dict[int, int], asked: list[int]) -> None:
+    """One step of a random job: a message that a worker might send, a loss, or time that passes."""
+    pipeline, stage = chance.randrange(job.rules.pipelines), chance.randrange(job.rules.stages)
+    who = (pipeline, stage, incarnations[pipeline])
+    segment = chance.randrange(3)
+    kind = chance.choice(
+        ["ready", "ready", "ready", "final", "ticket", "ticket", "done", "begin", "begin", "gather", "first", "giver"]
+        + ["refreshed", "refreshed", "suspect", "ping", "ping", "hello", "lost", "again", "bye", "wait", "wait"]
+    )
+    fields: dict[str, dict[str, Any]] = {
+        "ready": {"step": 1, "scope": ""},
+        "final": {"segment": segment, "attempt": 0},
+        "ticket": {"segment": segment, "k": chance.randrange(4)},
+        "done": {"k": chance.randrange(4)},
+        "begin": {"segment": segment, "first": 10 * segment, "stop": 10 * segment + 10},
+        "gather": {"key": "x", "value": 1, "scope": chance.choice(["stage", "pipeline", "all", "last"])},
+        "first": {"key": "x", "value": 1},
+        "giver": {"not_from": -1},
+        "refreshed": {},
+        "suspect": {"pipeline": chance.randrange(job.rules.pipelines)},
+        "ping": {},
+        "bye": {},
+    }
+    if kind in fields and (kind != "bye" or chance.random() < 0.1):
+        number = job.say(kind, *who, **fields[kind])
+        if kind != "ping":
+            asked.append(number)
+    elif kind == "hello":
+        asked.append(job.hello(*who))
+    elif kind == "lost" and chance.random() < 0.3:
+        job.lose(pipeline)
+    elif kind == "again" and chance.random() < 0.3:
+        incarnations[pipeline] += 1
+    elif kind == "wait":
+        job.tick(job.now + chance.random() * 0.3)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_each_question_has_one_answer_and_the_end_answers_all(seed: int) -> None:
+    chance = random.Random(seed)
+    policy = chance.choice(["partial", "all", "matching"])
+    job = Job(stages=chance.randint(1, 3), pipelines=chance.randint(1, 4), policy=policy, heartbeat_timeout_s=1.0)
+    incarnations = dict.fromkeys(range(job.rules.pipelines), 0)
+    job.start()
+    asked = list(range(1, job.numbers + 1))
+    for _ in range(400):
+        anything(job, chance, incarnations, asked)
+        wake = job.director.next_wake
+        assert wake is None or wake > job.now - 0.31  # it does not lie behind what has been looked at
+    for _ in range(3):
+        job.tick(job.now + 200.0)  # all are silent, and every time limit has passed
+    answers = [message["n"] for told in job.told.values() for message in told if "n" in message]
+    assert sorted(answers) == asked
+    assert job.director.over and job.director.next_wake is None

@@ -104,3 +104,20 @@ def test_unknown_names_say_what_there_is() -> None:
         find_schedule("hetpipe")
     with pytest.raises(ValueError, match="'Z3' is not an action"):
         parse("F0 Z3")
+
+
+def test_mixing_asks_before_the_backward_and_averages_after_the_update() -> None:
+    shape = Shape(stages=2, mixing=True)
+    assert render(program(SCHEDULES["pipedream"], shape, 1, range(2))) == (
+        "RA0 L0 F0 J0 B0 SG0 U0 W0 X0 RA1 L1 F1 J1 B1 SG1 U1 W1 X1"
+    )
+    first = render(program(SCHEDULES["pipedream"], shape, 0, range(2)))
+    assert first == "L0 F0 SA0 L1 F1 SA1 RG0 J0 B0 U0 W0 X0 RG1 J1 B1 U1 W1 X1"
+    flushed = render(program(SCHEDULES["1f1b"], Shape(stages=1, microbatches=2, mixing=True), 0, range(2)))
+    assert flushed == "L0 F0 B0 L1 F1 J1 B1 U1 W1 X1"
+
+
+def test_a_tied_weight_leaves_after_it_was_mixed() -> None:
+    shape = Shape(stages=2, mixing=True, tie=(0, 1))
+    owner = render(program(SCHEDULES["gpipe"], shape, 0, range(1)))
+    assert owner == "L0 F0 SA0 RG0 J0 B0 RT0 U0 W0 X0 SW0"
