@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,9 +229,7 @@ def _signal(pid: int, number: int, *, group: bool = False) -> None:
 def process_start(pid: int) -> float:
     """When a process of this machine began, as a time of day."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    booted = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    del booted  # of whole seconds only
     return time.time() - uptime_s + ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -240,8 +239,4 @@ def longest_pause(times: Sequence[float], start: float, stop: float) -> float:
     >>> longest_pause([1.0, 2.0, 4.5, 5.0], 3.0, 5.0)
     2.5
     """
-    return max((after - before for before, after in _pairs(sorted(times)) if after > start and before < stop))
-
-
-def _pairs(times: Sequence[float]) -> Iterator[tuple[float, float]]:
-    return zip(times, times[1:], strict=False)
+    return max((after - before for before, after in pairwise(sorted(times)) if after > start and before < stop))

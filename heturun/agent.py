@@ -72,8 +72,8 @@ class Child:
 class Agent:
     """Carries out one start message; `run` returns when every process has ended and was reported."""
 
-    def __init__(self, channel: wire.Channel, address: str, key: str) -> None:
-        self.channel, self.address, self.key = channel, address, key
+    def __init__(self, channel: wire.Channel, address: str, key: str, *, lost_s: int) -> None:
+        self.channel, self.address, self.key, self.lost_s = channel, address, key, lost_s
         self.events: SimpleQueue[Ended | Order] = SimpleQueue()
         self.children: dict[int, Child] = {}
         self.open: set[int] = set()  # ranks whose last word is not yet sent
@@ -86,6 +86,7 @@ class Agent:
             **start["env"],
             "HETURUN_CONTROL": self.address,
             "HETURUN_KEY": self.key,
+            "HETURUN_LOST_AFTER": str(self.lost_s),
             "HETURUN_ADDRESS": advertised_address(start["address"], start["interface"], self.channel.own_address),
         }
         for process in start["processes"]:
@@ -303,6 +304,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m heturun.agent", description=__doc__)
     parser.add_argument("--connect", required=True, help="address of the launcher")
     parser.add_argument("--ranks", required=True, help="ranks to run here, e.g. 0,3")
+    parser.add_argument("--lost-after", type=int, default=wire.LOST_S, help="seconds of silence that end a connection")
     parser.add_argument("--incarnation", type=int, default=0, help="how often they were started again")
     parser.add_argument("--folder", help="the launcher's private directory, to be removed if it cannot do so itself")
     parser.add_argument("--key-on-stdin", action="store_true", help="read the job's key from stdin, not HETURUN_KEY")
@@ -314,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     key = sys.stdin.readline().strip() if options.key_on_stdin else os.environ["HETURUN_KEY"]
     try:
-        channel = wire.connect(options.connect, bytes.fromhex(key), timeout_s=CONNECT_S)
+        channel = wire.connect(options.connect, bytes.fromhex(key), timeout_s=CONNECT_S, lost_s=options.lost_after)
     except OSError as error:
         print(
             f"heturun: {socket.gethostname()} cannot reach the launcher at {options.connect}: {error}; "
@@ -322,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    agent = Agent(channel, options.connect, key)
+    agent = Agent(channel, options.connect, key, lost_s=options.lost_after)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: agent.events.put(Order("signal")))
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # mpirun or the ssh session may end without a word

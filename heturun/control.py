@@ -31,6 +31,7 @@ class Control:
         rank: who this process is.
         on_push: is called with every message that nobody asked for, on a thread of this object's own.
         incarnation: how often this process's pipeline had been started again.
+        lost_s: silence of the launcher's host that ends the connection.
 
     Raises:
         ConnectionError: nobody answers there, or not with this job's key.
@@ -44,13 +45,14 @@ class Control:
         *,
         on_push: Callable[[wire.Message], None] | None = None,
         incarnation: int = 0,
+        lost_s: int = wire.LOST_S,
     ) -> None:
         try:
-            self._channel = wire.connect(address, bytes.fromhex(key), timeout_s=CONNECT_S)
+            self._channel = wire.connect(address, bytes.fromhex(key), timeout_s=CONNECT_S, lost_s=lost_s)
             self._channel.send({"type": "process", "rank": rank, "incarnation": incarnation})
         except OSError as error:
             raise ConnectionError(f"rank {rank} cannot reach the launcher at {address}: {error}") from error
-        self._rank, self.on_push = rank, on_push
+        self._rank, self.on_push, self._lost_s = rank, on_push, lost_s
         self._lock = threading.Lock()
         self._answers: dict[int, SimpleQueue[wire.Message | None]] = {}  # None: the launcher is gone
         self._asked = 0
@@ -64,12 +66,14 @@ class Control:
         address = os.environ.get("HETURUN_CONTROL")
         if not address:
             return None
-        key, rank, again = (
+        return cls(
+            address,
             os.environ["HETURUN_KEY"],
             int(os.environ["RANK"]),
-            os.environ.get("HETURUN_INCARNATION", "0"),
+            on_push=on_push,
+            incarnation=int(os.environ.get("HETURUN_INCARNATION", "0")),
+            lost_s=int(os.environ.get("HETURUN_LOST_AFTER", wire.LOST_S)),
         )
-        return cls(address, key, rank, on_push=on_push, incarnation=int(again))
 
     def publish(self, key: str, value: str) -> None:
         """Lets every process of the job look `key` up."""
@@ -100,10 +104,10 @@ class Control:
         Returns when the launcher has noted it; the first process to say so decides.
         """
         try:
-            self._ask({"type": "elastic", "min_replicas": min_replicas}, NOTED_S)
+            self._ask({"type": "elastic", "min_replicas": min_replicas}, self._lost_s)
         except Empty:
             raise ConnectionError(
-                f"the launcher did not confirm within {NOTED_S:g} s that the job is elastic"
+                f"the launcher did not confirm within {self._lost_s:g} s that the job is elastic"
             ) from None
 
     def failed(self, message: str, *, secondary: bool) -> None:

@@ -6,6 +6,7 @@ after it: rank 4 of pipeline 2 fails      Tell the coordinator, at once
           all its ranks are closed        Gone; Restart, if that is allowed and somebody is left to copy from
 the coordinator fails                     the workers get LAST_CHECKPOINT_S to end by themselves
 a pipeline ended well                     the others get END_S; one that is frozen would never end
+                                          and nobody waits for one whose host does not answer
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from heturun.outcome import Elastic, Event, Lost, Outcome, Published, Signalled, Verdict
+from heturun.outcome import SETTLE_S, Elastic, Event, Lost, Outcome, Published, Signalled, Silent, Verdict
 
 COORDINATOR = "coordinator"  # under this key it publishes its address
+CUT_OFF = "its host was switched off or cut off"
 LAST_CHECKPOINT_S = 60.0  # for the workers to write a checkpoint when the coordinator is lost
 END_S = 20.0  # for the other pipelines when one has ended well: they end together, but one may be frozen or starting
 
@@ -86,7 +88,10 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One pipeline: what is known of its ranks in their present incarnation, and how far its loss was dealt with."""
+    """One pipeline: what is known of its ranks in their present incarnation, and how far its loss was dealt with.
+
+    `silent`: ranks whose hosts do not answer at present.
+    """
 
     number: int
     outcome: Outcome
@@ -95,11 +100,15 @@ class Pipeline:
     told: bool = False
     lost: bool = False
     gone: bool = False
+    silent: frozenset[int] = frozenset()
 
     def after(self, event: Event, now: float) -> Pipeline:
         """With one more event; those of an earlier incarnation change nothing."""
         if getattr(event, "incarnation", self.incarnation) != self.incarnation:
             return self
+        if isinstance(event, Silent):
+            ranks = frozenset(event.ranks) & frozenset(self.outcome.ranks)
+            return replace(self, silent=self.silent | ranks if event.silent else self.silent - ranks)
         return replace(self, outcome=self.outcome.after(event, now))
 
     def at(self, now: float) -> Pipeline:
@@ -113,9 +122,17 @@ class Pipeline:
         """The next incarnation, of which nothing is known yet."""
         return Pipeline(self.number, Outcome(self.outcome.ranks), self.incarnation + 1, start_by)
 
+    def given_up(self, text: str, now: float) -> Pipeline:
+        """Nobody waits any longer for those of its ranks that are not through."""
+        return self.after(Lost(tuple(self.outcome.ranks), text, self.incarnation), now)
+
     @property
     def runs(self) -> bool:
         return not self.lost and not self.outcome.over
+
+    @property
+    def out_of_reach(self) -> bool:
+        return bool(self.silent - self.outcome.closed)
 
     def look_again_at(self, now: float) -> float | None:
         if self.lost:
@@ -165,6 +182,8 @@ class Fleet:
             return replace(self, coordinated=True) if event.key == COORDINATOR else self
         if isinstance(event, Signalled):
             return self
+        if isinstance(event, Silent) and event.silent and self.elastic is None:
+            event = Lost(event.ranks, CUT_OFF, event.incarnation)
         return replace(
             self,
             pipelines=tuple(pipeline.after(event, now) for pipeline in self.pipelines),
@@ -186,19 +205,13 @@ class Fleet:
 
     def _at(self, now: float) -> Fleet:
         """Once a pipeline has ended well, nothing is left to do for the others."""
-        if self.end_by == inf:
-            ended = any(pipeline.outcome.over and not pipeline.outcome.complaints for pipeline in self.pipelines)
-            return replace(self, end_by=now + END_S) if ended else self
-        if now < self.end_by:
+        if not any(pipeline.outcome.over and not pipeline.outcome.complaints for pipeline in self.pipelines):
             return self
-        text = f"it had not ended {END_S:g} s after the others"
-        return replace(
-            self,
-            pipelines=tuple(
-                pipeline.after(Lost(tuple(pipeline.outcome.ranks), text, pipeline.incarnation), now)
-                for pipeline in self.pipelines
-            ),
-        )
+        end_by = min(self.end_by, now + END_S)
+        late = f"it had not ended {END_S:g} s after the others" if now >= end_by else None
+        whys = [CUT_OFF if pipeline.out_of_reach else late for pipeline in self.pipelines]
+        pipelines = [p if why is None else p.given_up(why, now) for p, why in zip(self.pipelines, whys, strict=True)]
+        return replace(self, end_by=end_by, pipelines=tuple(pipelines))
 
     def _orders(self, pipeline: Pipeline, now: float) -> tuple[Fleet, list[Order]]:
         fleet, orders, known = self, list[Order](), (pipeline.number, pipeline.incarnation)
@@ -247,7 +260,16 @@ class Fleet:
         mistake = next((found for found in mistakes if found is not None), None)
         if mistake is not None:
             return mistake
-        return TooFew(self.left, self.wanted, self.losses[0].verdict) if self.left < self.wanted else None
+        if self.left >= self.wanted or now < self._blamed_at:
+            return None
+        return TooFew(self.left, self.wanted, self.losses[0].verdict)
+
+    @property
+    def _blamed_at(self) -> float:
+        """Until then a failure of the coordinator may yet be heard of, of which those of the pipelines only follow."""
+        complaints = [complaint for pipeline in self.pipelines for complaint in pipeline.outcome.complaints]
+        following = self.coordinated and all(complaint.secondary for complaint in complaints)
+        return max((complaint.time for complaint in complaints), default=0.0) + SETTLE_S if following else 0.0
 
     @property
     def _coordinator_failed(self) -> bool:
@@ -268,13 +290,15 @@ class Fleet:
         if self.elastic is None:
             return self.whole.look_again_at(now)
         times = [pipeline.look_again_at(now) for pipeline in self.pipelines]
-        end_by = self.end_by if now < self.end_by and not self.closed else inf
-        return min((time for time in (*times, end_by) if time is not None and time < inf), default=None)
+        times.append(self.end_by if now < self.end_by and not self.closed else None)
+        times.append(self._blamed_at if self.left < self.wanted else None)
+        return min((time for time in times if time is not None and time < inf), default=None)
 
     @property
     def over(self) -> bool:
-        """Every rank of every pipeline has ended, for good if `orders` were asked for; the coordinator did not fail."""
-        return self.closed and not self.coordinator.complaints
+        """Every rank of every pipeline has ended, for good if `orders` were asked for, and nothing failed."""
+        enough = self.elastic is None or self.left >= self.wanted
+        return self.closed and enough and not self.coordinator.complaints
 
     @property
     def closed(self) -> bool:
@@ -299,6 +323,11 @@ class Fleet:
             for rank in part.ranks
             if rank in ranks and rank not in part.closed
         )
+
+    def has_lost(self, ranks: Collection[int], incarnation: int) -> bool:
+        """Whether any of `ranks` was lost in this incarnation."""
+        lost = [(loss.incarnation, self.pipelines[loss.pipeline].outcome.ranks) for loss in self.losses]
+        return any(when == incarnation and set(theirs) & set(ranks) for when, theirs in lost)
 
     def _parts(self, incarnation: int) -> list[Outcome]:
         parts = [pipeline.outcome for pipeline in self.pipelines if pipeline.incarnation == incarnation]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from heturun import wire
 from heturun.outcome import (
@@ -21,9 +22,13 @@ from heturun.outcome import (
     Output,
     Progress,
     Published,
+    Silent,
     Started,
     Wanted,
 )
+
+SILENT_S = 5.0  # an agent's host that has not answered for so long is said to be silent
+LOOK_EVERY_S = 0.5
 
 
 class Board:
@@ -75,12 +80,20 @@ class Mail:
                 self._waiting.setdefault(rank, []).append(message)
 
 
+class Served(NamedTuple):
+    """Whom an agent serves."""
+
+    ranks: tuple[int, ...]
+    incarnation: int
+
+
 class Hub:
     """Listens for the agents and the processes of one job.
 
     Args:
         key: the job's secret.
         only_here: listen on the loopback alone.
+        lost_s: silence of a host that ends its connections; if it is long, silent agents are told of before.
         start: the start message for an agent's ranks in an incarnation.
         deliver: is called with every event, by several threads.
     """
@@ -90,12 +103,15 @@ class Hub:
         key: bytes,
         *,
         only_here: bool,
+        lost_s: int = wire.LOST_S,
         start: Callable[[Sequence[int], int], wire.Message],
         deliver: Callable[[Event], None],
     ) -> None:
-        self._key, self._start, self._deliver = key, start, deliver
+        self._key, self._start, self._deliver, self._lost_s = key, start, deliver, lost_s
         self._board, self._mail = Board(), Mail()
-        self._agents: dict[wire.Channel, tuple[int, ...]] = {}  # their ranks
+        self._agents: dict[wire.Channel, Served] = {}
+        self._silent: set[wire.Channel] = set()  # agents that were said to be
+        self._closed = threading.Event()
         self._order: str | None = None  # what agents that come late are told as well
         self._given_up: set[tuple[int, int]] = set()  # ranks and incarnations that must not start any more
         self._lock = threading.Lock()
@@ -108,6 +124,8 @@ class Hub:
     def serve(self) -> None:
         """Begins to accept connections, in threads."""
         threading.Thread(target=self._accept, name="hub", daemon=True).start()
+        if self._lost_s > SILENT_S:
+            threading.Thread(target=self._watch, name="hub-watch", daemon=True).start()
 
     def order(self, what: str) -> None:
         """Tells every agent, also one yet to come, to "stop" (SIGTERM, then SIGKILL) or to "kill" at once."""
@@ -121,7 +139,7 @@ class Hub:
         """Tells the agents of these ranks, also those yet to come, to end them ("stop") and none of their others."""
         with self._lock:
             self._given_up.update((rank, incarnation) for rank in ranks)
-            agents = [agent for agent, theirs in self._agents.items() if set(theirs) & set(ranks)]
+            agents = [agent for agent, theirs in self._agents.items() if set(theirs.ranks) & set(ranks)]
         for agent in agents:
             _send(agent, {"type": "stop", "ranks": sorted(ranks)})
 
@@ -136,6 +154,7 @@ class Hub:
 
     def close(self) -> None:
         """Stops listening; agents that are still connected take it as an order to end everything."""
+        self._closed.set()
         self._listener.close()
         with self._lock:
             agents = list(self._agents)
@@ -150,8 +169,20 @@ class Hub:
                 return  # closed
             threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
 
+    def _watch(self) -> None:
+        """Tells of agents whose hosts fall silent, and of those that speak again."""
+        while not self._closed.wait(LOOK_EVERY_S):
+            with self._lock:
+                agents = dict(self._agents)
+            now = {channel for channel in agents if channel.silent_s >= SILENT_S}
+            changed = (now ^ self._silent) & set(agents)
+            self._silent = now
+            for channel in changed:
+                ranks, incarnation = agents[channel]
+                self._deliver(Silent(ranks, channel in now, incarnation))
+
     def _greet(self, sock: socket.socket) -> None:
-        channel = wire.accept(sock, self._key)
+        channel = wire.accept(sock, self._key, lost_s=self._lost_s)
         hello = channel.receive() if channel is not None else None
         if channel is None or hello is None:
             return
@@ -164,7 +195,7 @@ class Hub:
 
     def _serve_agent(self, channel: wire.Channel, ranks: tuple[int, ...], incarnation: int) -> None:
         with self._lock:
-            self._agents[channel] = ranks
+            self._agents[channel] = Served(ranks, incarnation)
             wanted = [rank for rank in ranks if (rank, incarnation) not in self._given_up]
             order = self._order if wanted else "stop"
         _send(channel, self._start(wanted, incarnation) if order is None else {"type": order})

@@ -76,7 +76,7 @@ class Job:
         self.plan, self.console, self.rules = plan, console, rules
         self.key = secrets.token_bytes(32)
         start = start_message(plan, routes, {} if mpirun is None else mpi_environment())
-        self.hub = Hub(self.key, only_here=routes.only_here, start=start, deliver=self.deliver)
+        self.hub = Hub(self.key, only_here=routes.only_here, lost_s=plan.lost_s, start=start, deliver=self.deliver)
         self.starters = Starters(plan, routes, mpirun, self.hub.port, folder)
         self.events: SimpleQueue[Event | StarterEnded] = SimpleQueue()
         ranks = [[process.rank for process in pipeline] for pipeline in plan.pipelines()]
@@ -134,7 +134,7 @@ class Job:
         if end is None:
             self.stopping = True
             self.hub.order("stop")  # the coordinator, for everybody else has ended
-            self._until(lambda: not self._alive(), FINISH_S)
+            self._until(lambda: all(self._is_lost(running) for running in self._alive()), FINISH_S)
         else:
             self._stop()
         self.leave_nothing()
@@ -281,6 +281,10 @@ class Job:
             running.signal(signal.SIGKILL)
             running.process.wait()
         self.hub.close()
+
+    def _is_lost(self, running: Running) -> bool:
+        """Whether nobody waits for a starter: it may be on a host that is gone."""
+        return self.fleet.has_lost(running.starter.ranks, running.starter.incarnation)
 
     def _ended(self) -> bool:
         """Whether nothing is left, here or on another host: agents leave when all of theirs has ended."""

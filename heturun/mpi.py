@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from heturun.plan import Process
+from heturun.wire import LOST_S, PROBE_AFTER_S
 from pipeline.errors import UserError
 
 VERSION_S = 20.0
@@ -37,6 +38,7 @@ class Network(NamedTuple):
     ssh_config: Path | None
     subnet: str | None  # for MPI's messages, e.g. "10.0.0.0/24", or interfaces "eth0,eth1"
     interfaces: str | None  # for mpirun's own
+    lost_s: int = LOST_S  # its daemons leave when their host is cut off for so long
 
 
 def find_mpirun() -> Mpirun | None:
@@ -93,8 +95,8 @@ def _options(mpirun: Mpirun, network: Network, folder: Path) -> list[str]:
     options += ["--oversubscribe", "--bind-to", "none"]
     options += [own, "prte_local_tmpdir_base" if new else "orte_local_tmpdir_base", str(folder)]
     options += [own, "prte_keep_fqdn_hostnames" if new else "orte_keep_fqdn_hostnames", "1"]
-    for name, value in (("time", "2"), ("intvl", "1"), ("probes", "3")):  # its daemons leave when their host is cut off
-        options += [own, f"oob_tcp_keepalive_{name}", value]
+    for name, value in (("time", PROBE_AFTER_S), ("intvl", 1), ("probes", network.lost_s - PROBE_AFTER_S)):
+        options += [own, f"oob_tcp_keepalive_{name}", str(value)]
     if network.ssh_config is not None:
         component = "plm_ssh" if new else "plm_rsh"
         options += [own, f"{component}_agent", "ssh", own, f"{component}_args", f"-F {network.ssh_config}"]

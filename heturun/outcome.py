@@ -74,6 +74,14 @@ class Lost(NamedTuple):
     incarnation: int = 0
 
 
+class Silent(NamedTuple):
+    """The host of these ranks' agent has not answered for a while or, if not `silent`, does so again."""
+
+    ranks: tuple[int, ...]
+    silent: bool
+    incarnation: int = 0
+
+
 class Elastic(NamedTuple):
     """A process says that from now on the job survives the loss of a pipeline, as long as `min_replicas` are left."""
 
@@ -102,7 +110,9 @@ class Signalled(NamedTuple):
     number: int
 
 
-Event = Started | Output | Progress | Exited | Closed | Failed | Lost | Elastic | Published | Wanted | Signalled
+Event = (
+    Started | Output | Progress | Exited | Closed | Failed | Lost | Silent | Elastic | Published | Wanted | Signalled
+)
 
 
 class Verdict(NamedTuple):
@@ -136,7 +146,7 @@ class Outcome:
         """The outcome with one more event, which arrived at time `now`; events of other ranks change nothing."""
         if isinstance(event, Lost):
             return self._lost(event, now)
-        if isinstance(event, Signalled) or event.rank not in self.ranks:
+        if isinstance(event, Silent | Signalled) or event.rank not in self.ranks:
             return self
         if isinstance(event, Started):
             return replace(self, started=self.started | {event.rank})

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heturun.cluster import LOCAL, Cluster, Node
+from heturun.wire import LOST_S, OUTAGE_S
 from pipeline.errors import UserError
 from pipeline.placement import DEFAULT_FILE, Device, HostLimits, Placement, check, load_placement
 
@@ -28,9 +29,10 @@ FORWARDED = re.compile(
 )
 OF_ANOTHER_JOB = re.compile(
     r"PMIX_.*|PMI_.*|PRTE_(?!MCA).*|OMPI_(COMM_WORLD|UNIVERSE|FILE|FIRST|NUM|APP)_.*|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)"
-    r"|HETURUN_(HOST|PIPELINE|STAGE|PLACEMENT|ADDRESS|INTERFACE|CONTROL|KEY|TIMEOUT|INCARNATION|THREADS)"
+    r"|HETURUN_(HOST|PIPELINE|STAGE|PLACEMENT|ADDRESS|INTERFACE|CONTROL|KEY|TIMEOUT|INCARNATION|THREADS|LOST_AFTER)"
 )
 COORDINATOR = (sys.executable, "-m", "pipeline.coordinator")
+ELASTIC = ("--preduce", "--adpsgd", "--local-sgd")  # with these a job survives the loss of a pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,11 @@ class Plan:
         numbers = sorted({process.pipeline for process in self.processes})
         return tuple(tuple(p for p in self.processes if p.pipeline == number) for number in numbers)
 
+    @property
+    def lost_s(self) -> int:
+        """After how much silence a host counts as gone: an elastic job waits longer, for the cable may come back."""
+        return OUTAGE_S if len(self.pipelines()) > 1 and is_elastic(self.command) else LOST_S
+
     def worlds(self) -> tuple[tuple[Process, ...], ...]:
         """The MPI worlds: one per pipeline, its ranks are the stages; without a layout one of all processes."""
         return (self.processes,) if self.placement is None else self.pipelines()
@@ -171,6 +178,11 @@ def layout_of(command: Sequence[str], *, directory: Path) -> Placement | None:
     if spec is None and (script is None or not (beside / DEFAULT_FILE).is_file()):
         return None
     return load_placement(spec, directory=beside)
+
+
+def is_elastic(command: Sequence[str]) -> bool:
+    """Whether the command asks for replicas that may be lost and come back."""
+    return any(word in ELASTIC for word in command)
 
 
 def on_cluster(placement: Placement, cluster: Cluster, *, own_names: Collection[str]) -> Placement:

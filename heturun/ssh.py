@@ -13,18 +13,22 @@ from heturun.cluster import Node
 from pipeline.errors import UserError
 
 ASK_S = 10.0
+ALIVE_S = 10
 
 
-def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None) -> None:
-    """Writes the configuration for `nodes`; in ssh the first value found counts, so ours stand before the user's."""
+def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None, lost_s: int = 0) -> None:
+    """Writes the configuration for `nodes`; in ssh the first value found counts, so ours stand before the user's.
+
+    `lost_s`: a silent host counts as gone after so long, but not before 30 s.
+    """
     lines = [line for node in nodes for line in _host(node)]
     known = f'"{path.parent / "known_hosts"}" ~/.ssh/known_hosts ~/.ssh/known_hosts2'  # new keys go to the first one
     lines += [
         "Host *",
         f"  UserKnownHostsFile {known}",
         "  BatchMode yes",
-        "  ServerAliveInterval 10",
-        "  ServerAliveCountMax 3",
+        f"  ServerAliveInterval {ALIVE_S}",
+        f"  ServerAliveCountMax {max(3, lost_s // ALIVE_S)}",
     ]
     if identity is not None:
         lines += [f'  IdentityFile "{identity}"', "  IdentitiesOnly yes"]

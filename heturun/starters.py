@@ -78,7 +78,7 @@ def find_routes(plan: Plan, *, folder: Path, identity: Path | None) -> Routes:
     if not far:
         return Routes(here, dict.fromkeys(here, LOOPBACK), None, None)
     config = folder / "ssh_config"
-    ssh.write_config(config, far, identity=identity)
+    ssh.write_config(config, far, identity=identity, lost_s=plan.lost_s)
     reached = {node.host: node.address or ssh.real_name(config, node) for node in far}
     towards = {host: _own_address(plan, here, name) for host, name in reached.items()}
     own = next(iter(towards.values()))
@@ -118,7 +118,8 @@ class Starters:
     def _agent(self, processes: Sequence[Process | Coordinator], incarnation: int) -> list[str]:
         """The command of the agent of these processes, all on one host."""
         address = wire.join_address(self.routes.launcher[processes[0].host], self.port)
-        command = agent_command(address, [process.rank for process in processes], incarnation)
+        ranks = [process.rank for process in processes]
+        command = agent_command(address, ranks, incarnation, lost_s=self.plan.lost_s)
         return [*command, "--folder", str(self.folder)] if processes[0].host in self.routes.here else command
 
     def _plain(self, host: str, processes: Sequence[Process | Coordinator], incarnation: int) -> Starter:
@@ -135,7 +136,7 @@ class Starters:
             world,
             host_name=self._name_for_mpirun,
             agent=lambda process: self._agent([process], incarnation),
-            network=mpi.Network(self.routes.ssh_config, *_interfaces(self.plan, self.routes)),
+            network=mpi.Network(self.routes.ssh_config, *_interfaces(self.plan, self.routes), lost_s=self.plan.lost_s),
             folder=self.folder,
         )
         name = "mpirun" if self.plan.placement is None else f"mpirun of pipeline {world[0].pipeline}"
@@ -145,10 +146,10 @@ class Starters:
         return hosts.LOCAL if host in self.routes.here else ssh.alias(self.plan.node(host))
 
 
-def agent_command(address: str, ranks: Sequence[int], incarnation: int) -> list[str]:
+def agent_command(address: str, ranks: Sequence[int], incarnation: int, *, lost_s: int) -> list[str]:
     """Starts an agent, on any host that has this Python and heturun in the same places."""
     whose = ["--connect", address, "--ranks", ",".join(map(str, ranks)), "--incarnation", str(incarnation)]
-    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT), *whose]
+    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT), "--lost-after", str(lost_s), *whose]
 
 
 def tied(argv: Sequence[str]) -> list[str]:

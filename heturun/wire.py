@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 from typing import Any
 
@@ -25,16 +26,22 @@ NONCE_BYTES = 32
 DIGEST_BYTES = 32
 HANDSHAKE_S = 10.0
 LOST_S = 5  # a host that was switched off or cut off counts as lost after about this long
+OUTAGE_S = 120  # the same for elastic jobs, which go on meanwhile: the cable may be plugged in again
+PROBE_AFTER_S = 2  # of quiet the other host is asked, every second, whether it is still there
+TCP_INFO_BYTES, LAST_ACK_RECEIVED = 104, 56  # of Linux's struct tcp_info, and where it has that, in milliseconds
 
 
 class Channel:
-    """One end of a connection; `send` may be called by several threads, `receive` by one."""
+    """One end of a connection; `send` may be called by several threads, `receive` by one.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `lost_s`: an other end that is silent for so long counts as gone.
+    """
+
+    def __init__(self, sock: socket.socket, *, lost_s: int = LOST_S) -> None:
         self._sock = sock
         self._sending = threading.Lock()
         sock.settimeout(None)
-        _keep_alive(sock)
+        _keep_alive(sock, lost_s)
 
     def send(self, message: Message) -> None:
         """Sends one message; raises `OSError` when the connection is gone."""
@@ -65,6 +72,18 @@ class Channel:
         self._sock.close()
 
     @property
+    def silent_s(self) -> float:
+        """For how long nothing has come from the other host, not even its kernel's answers; 0 if that is not known."""
+        if sys.platform != "linux":
+            return 0.0
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        except OSError:
+            return 0.0  # closed
+        (milliseconds,) = struct.unpack_from("=I", info, LAST_ACK_RECEIVED)
+        return float(milliseconds) / 1000
+
+    @property
     def own_address(self) -> str:
         """The address of this end: the one by which the other end can reach this host."""
         return plain_address(str(self._sock.getsockname()[0]))
@@ -74,8 +93,10 @@ class Channel:
         return plain_address(str(self._sock.getpeername()[0]))
 
 
-def connect(address: str, key: bytes, *, timeout_s: float) -> Channel:
+def connect(address: str, key: bytes, *, timeout_s: float, lost_s: int = LOST_S) -> Channel:
     """Connects to "host:port" (or "[v6]:port") and proves both ends' knowledge of the key.
+
+    `lost_s`: as of `Channel`.
 
     Raises:
         OSError: nobody listens there, or no answer in time.
@@ -87,7 +108,7 @@ def connect(address: str, key: bytes, *, timeout_s: float) -> Channel:
     except OSError:
         sock.close()
         raise
-    return Channel(sock)
+    return Channel(sock, lost_s=lost_s)
 
 
 def prove(sock: socket.socket, key: bytes, address: str) -> None:
@@ -107,9 +128,9 @@ def prove(sock: socket.socket, key: bytes, address: str) -> None:
         raise PermissionError(f"{address} does not hold the key of this job")
 
 
-def accept(sock: socket.socket, key: bytes) -> Channel | None:
+def accept(sock: socket.socket, key: bytes, *, lost_s: int = LOST_S) -> Channel | None:
     """The server's half of the handshake on an accepted connection; None for a stranger."""
-    return Channel(sock) if admit(sock, key) else None
+    return Channel(sock, lost_s=lost_s) if admit(sock, key) else None
 
 
 def admit(sock: socket.socket, key: bytes) -> bool:
@@ -173,14 +194,14 @@ def _read(sock: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _keep_alive(sock: socket.socket) -> None:
+def _keep_alive(sock: socket.socket, lost_s: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
-        ("TCP_KEEPIDLE", LOST_S - 3),
+        ("TCP_KEEPIDLE", PROBE_AFTER_S),
         ("TCP_KEEPINTVL", 1),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", LOST_S * 1000),
+        ("TCP_KEEPCNT", lost_s - PROBE_AFTER_S),
+        ("TCP_USER_TIMEOUT", lost_s * 1000),
     ):
         if hasattr(socket, name):  # they are Linux's
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

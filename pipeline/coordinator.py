@@ -108,6 +108,11 @@ class Coordinator:
         self._notices.append((pipeline, reason, incarnation))
         os.write(self._wake, b"!")
 
+    @property
+    def needed(self) -> bool:
+        """Whether workers have come and some of them still count on it."""
+        return self._director.met and not self._director.over
+
     def end(self) -> None:
         """Makes `run` return; may be called by any thread."""
         self._ended = True
@@ -278,8 +283,14 @@ def _raise_limits() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+def _end_on_signals(coordinator: Coordinator) -> None:
+    """Ended from outside while workers still need it, it has failed them."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number if coordinator.needed else 0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def _watch(coordinator: Coordinator, message: dict[str, Any]) -> None:
@@ -293,10 +304,9 @@ def main() -> None:
     parser.add_argument("--address", default=os.environ.get("HETURUN_ADDRESS") or "127.0.0.1", help="where to listen")
     parser.add_argument("--until-eof", action="store_true", help="end when stdin is closed before any worker came")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
     _raise_limits()
     coordinator = Coordinator(bytes.fromhex(os.environ["HETURUN_KEY"]), options.address)
+    _end_on_signals(coordinator)
     if options.until_eof:
         coordinator.end_with_stdin()
     control = Control.from_environment(on_push=lambda message: _watch(coordinator, message))

@@ -188,9 +188,11 @@ class _Order:
         return True
 
     def is_urgent(self, ready: Ready) -> bool:
-        """Whether others already wait for it in a group of a stage before: its message was overtaken by a later one."""
-        granted = self._granted[ready.pipeline]
-        return any(stage < ready.stage and granted[stage] > ready.step for stage in granted)
+        """Whether its message was overtaken by one that counts already though it depends on it: others may wait."""
+        for steps in (self._granted[ready.pipeline], self._open[ready.pipeline]):
+            if any(stage < ready.stage and steps[stage] > ready.step for stage in steps):
+                return True
+        return False
 
     def answered(self, form: Form) -> list[Ready]:
         """The requests that count from now on."""

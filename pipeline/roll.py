@@ -157,7 +157,7 @@ class Roll:
 
     @staticmethod
     def _fresh(worker: Worker) -> bool:
-        return worker.refreshed and not worker.silent
+        return worker.refreshed and not (worker.silent or worker.gone)
 
     def live_workers(self) -> Iterator[Worker]:
         for pipeline in self.pipelines:

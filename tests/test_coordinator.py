@@ -442,6 +442,14 @@ def test_sigterm_ends_it_with_status_0() -> None:
     assert process.wait(SOON_S) == 0
 
 
+def test_sigterm_while_workers_need_it_is_a_failure() -> None:
+    process, address = spawn_coordinator(KEY, "127.0.0.1")
+    with job(address, pipelines=1) as work:
+        work.start()
+        process.terminate()
+        assert process.wait(SOON_S) == 128 + signal.SIGTERM
+
+
 def test_it_imports_no_torch() -> None:
     code = "import sys, pipeline.coordinator, pipeline.coordination; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

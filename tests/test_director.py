@@ -644,10 +644,9 @@ def anything(job: Job, chance: random.Random, incarnations: dict[int, int], aske
     pipeline, stage = chance.randrange(job.rules.pipelines), chance.randrange(job.rules.stages)
     who = (pipeline, stage, incarnations[pipeline])
     segment = chance.randrange(3)
-    kind = chance.choice(
-        ["ready", "ready", "ready", "final", "ticket", "ticket", "done", "begin", "begin", "gather", "first", "giver"]
-        + ["refreshed", "refreshed", "suspect", "ping", "ping", "hello", "lost", "again", "bye", "wait", "wait"]
-    )
+    often = ("ready", "ready", "ticket", "begin", "refreshed", "ping", "wait")
+    seldom = ("final", "done", "gather", "first", "giver", "suspect", "hello", "lost", "again", "bye")
+    kind = chance.choice((*often, *often, *seldom))
     fields: dict[str, dict[str, Any]] = {
         "ready": {"step": 1, "scope": ""},
         "final": {"segment": segment, "attempt": 0},

@@ -242,8 +242,8 @@ def pushed(message):
     control.publish(f"lost {message['pipeline']} {message['incarnation']}", 'yes')
 control = Control.from_environment(on_push=None)
 control.on_push = pushed
-control.publish('coordinator', 'somewhere')
 print('COORDINATOR', rank, os.getpid(), os.environ['HETURUN_ADDRESS'], os.environ['WORLD_SIZE'], flush=True)
+control.publish('coordinator', 'somewhere')
 time.sleep(100)
 """
 WORK = """
