@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoint
 from pipeline.costs import profile_blocks
 from pipeline.elastic import ElasticTrainer
 from pipeline.elastic_world import ElasticWorld
@@ -167,6 +166,8 @@ def export(trainer: Trainer) -> None:
     settings, world = trainer.settings, trainer.world
     if settings.export is None or world.pipeline != trainer.saver:
         return
+    from pipeline import checkpoint
+
     folder = Path(settings.export + ".parts")
     updates = trainer.calendar.updates_after(trainer.batches)
     saved = checkpoint.save(

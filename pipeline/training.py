@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import checkpoint, schedules
+from pipeline import schedules
 from pipeline.assemble import make_stage, tie_of
 from pipeline.calendar import Calendar
 from pipeline.errors import UserError
@@ -382,6 +382,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint: the stages of one pipeline, whose weights are those of every pipeline."""
+        from pipeline import checkpoint  # a quarter of all that is imported: only where it is used
+
         journal = self.journal.state() if self.journal is not None else None
         if self.saver != self.world.pipeline or self.settings.checkpoint is None:
             return
@@ -416,6 +418,8 @@ class Trainer:
         Raises:
             UserError: no checkpoint, one of another model, or of another division of the data.
         """
+        from pipeline import checkpoint
+
         folder = checkpoint.latest(directory)
         values = checkpoint.read_values(folder)
         self._check_same_data(values, str(folder))
