@@ -23,6 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from heturun.agent import die_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02
 END_S = 20.0  # for a job that was told to end
@@ -85,6 +87,7 @@ class FaultyJob:
                 env=environment,
                 cwd=self.folder,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         return self
 

@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,6 +45,8 @@ sys.path.insert(0, str(ROOT))
 REPLICAS = 4
 SLOW = REPLICAS - 1  # the replica that is slower
 FORWARD_MS, BACKWARD_MS, MODEL_MB = 2.0, 3.0, 1.0
+GROUPS = "groups_of_"  # what counts of groups are called in a summary
+LIMIT_S = 120  # for one run
 REFERENCE_S = {1.0: 0.61, 2.0: 0.75, 5.0: 0.85}  # its scheduler alone, 100 steps of 5 ms
 
 ALONE = "scheduler alone"
@@ -97,16 +100,21 @@ def outcome_of(reports: Iterable[Mapping[str, Any]], batch_size: int) -> Outcome
     mixing = [report["mixing"] for report in reports if report["mixing"] is not None]
     return Outcome(
         seconds=seconds,
-        groups=_added(each["groups"] for each in mixing),
+        groups=_added(_groups(each) for each in mixing),
         updates=sum(report["samples"] for report in reports) // batch_size,
         waited=statistics.mean(each["waited_s"] for each in mixing) / seconds if mixing else None,
     )
 
 
-def _added(groups: Iterable[Mapping[Any, int]]) -> dict[int, int]:
+def _groups(mixing: Mapping[str, Any]) -> dict[int, int]:
+    """Size -> times, of one replica's groups_of_SIZE."""
+    return {int(name.removeprefix(GROUPS)): times for name, times in mixing.items() if name.startswith(GROUPS)}
+
+
+def _added(groups: Iterable[Mapping[int, int]]) -> dict[int, int]:
     total: Counter[int] = Counter()
     for counts in groups:
-        total.update({int(size): times for size, times in counts.items()})
+        total.update(counts)
     return dict(sorted(total.items()))
 
 
@@ -184,12 +192,24 @@ def train(way: str, factor: float, options: argparse.Namespace) -> Outcome:
         ]  # fmt: skip
         if factor != 1:
             command += ["--hetero", f"slow:pipeline={SLOW},factor={factor:g}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise SystemExit(f"{way} at {factor:g}x failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            status = run(command, folder, output)
+        if status:
+            raise SystemExit(f"{way} at {factor:g}x ended with status {status}:\n{log.read_text()[-4000:]}")
         summary = json.loads((Path(folder) / "out" / "summary.json").read_text(encoding="utf-8"))
     return outcome_of(summary["ranks"], batch)
+
+
+def run(command: Sequence[str], folder: str, output: IO[str]) -> int:
+    """The status of a command; one that hangs is asked to end, as by Ctrl-C, so that it cleans up."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+    try:
+        return process.wait(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=LIMIT_S)
 
 
 def schedule_alone(factor: float, options: argparse.Namespace) -> Outcome:
@@ -243,7 +263,7 @@ def client(options: argparse.Namespace) -> None:
         k += 1
     line.final(0).result()
     stretch = (began, time.time())
-    mixing = {"groups": groups, "waited_s": waited_s}
+    mixing = {"waited_s": waited_s, **{f"{GROUPS}{size}": times for size, times in groups.items()}}
     print(json.dumps({"stretches": [stretch], "samples": k, "mixing": mixing}))
     line.bye()
     line.close()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from heturun.outcome import SETTLE_S, Elastic, Event, Lost, Outcome, Published, Signalled, Silent, Verdict
 
 COORDINATOR = "coordinator"  # under this key it publishes its address
+STOPPED = "stopped"  # and under this one why the job has to end: too few pipelines are left
 CUT_OFF = "its host was switched off or cut off"
 LAST_CHECKPOINT_S = 60.0  # for the workers to write a checkpoint when the coordinator is lost
 END_S = 20.0  # for the other pipelines when one has ended well: they end together, but one may be frozen or starting
@@ -152,6 +153,7 @@ class Fleet:
         coordinated: whether the coordinator has published its address.
         losses: so far, in their order.
         end_by: when a pipeline that still runs is given up, since another has ended well.
+        stopped: whether the coordinator has seen too few pipelines left: none is started again.
     """
 
     pipelines: tuple[Pipeline, ...]
@@ -162,6 +164,7 @@ class Fleet:
     coordinated: bool = False
     losses: tuple[Loss, ...] = ()
     end_by: float = inf
+    stopped: bool = False
 
     @classmethod
     def of(cls, pipelines: Sequence[Collection[int]], *, coordinator: int, rules: Rules) -> Fleet:
@@ -178,6 +181,8 @@ class Fleet:
         if isinstance(event, Elastic):
             begins = self.elastic is None and not self.whole.complaints
             return replace(self, elastic=event.min_replicas) if begins else self
+        if isinstance(event, Published) and event.key == STOPPED:
+            return replace(self, stopped=True)
         if isinstance(event, Published):
             return replace(self, coordinated=True) if event.key == COORDINATOR else self
         if isinstance(event, Signalled):
@@ -236,7 +241,11 @@ class Fleet:
 
     def _may_restart(self, pipeline: Pipeline) -> bool:
         allowed = pipeline.incarnation < self.rules.max_restarts and self.left >= self.wanted
-        return allowed and any(other.runs for other in self.pipelines if other.number != pipeline.number)
+        return (
+            allowed
+            and not self.stopped
+            and any(other.runs for other in self.pipelines if other.number != pipeline.number)
+        )
 
     # --- what it comes to
 

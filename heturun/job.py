@@ -60,7 +60,17 @@ class Running:
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number) if number == signal.SIGKILL else self.process.send_signal(number)
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends it and what it has started: mpirun would leave an ssh behind that waits for a host that is gone."""
+        others = _session(self.process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pid in others:  # agents among them still tidy up
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 class Job:
@@ -278,8 +288,7 @@ class Job:
                 running.signal(signal.SIGTERM)
             self._until(self._ended, KILL_S)
         for running in self._alive():
-            running.signal(signal.SIGKILL)
-            running.process.wait()
+            running.kill()
         self.hub.close()
 
     def _is_lost(self, running: Running) -> bool:
@@ -363,6 +372,16 @@ def run_job(
 def _shell_status(status: int) -> int:
     """The exit status as a shell has it: 128 + number for a signal."""
     return 128 - status if status < 0 else status
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session; none where the system does not list processes as Linux does."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = entry.read_bytes().rpartition(b")")[2].split()  # state, parent, group, session, ...
+            found += [int(entry.parent.name)] if int(fields[3]) == leader else []
+    return found
 
 
 def _go_on(left: int) -> str:

@@ -25,6 +25,8 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +36,7 @@ from zmq.utils.monitor import parse_monitor_message
 from zmq.utils.z85 import encode as z85_encode
 
 from heturun.control import Control
+from heturun.elastic import STOPPED
 from heturun.wire import join_address, split_address
 from pipeline.curve import curve_keys
 from pipeline.director import Director
@@ -67,6 +70,7 @@ class Coordinator:
 
     def __init__(self, key: bytes, address: str) -> None:
         self._director = Director(time.monotonic())
+        self.on_stopped: Callable[[str], object] | None = None  # called once, when too few pipelines are left
         self._context = zmq.Context()
         self._admitted = curve_keys(key, "client").public
         self._zap = self._context.socket(zmq.REP)
@@ -220,6 +224,9 @@ class Coordinator:
             print(f"coordinator: {text}", file=sys.stderr, flush=True)
 
     def _say(self) -> None:
+        if self._director.stopped is not None and self.on_stopped is not None:
+            self.on_stopped(self._director.stopped)
+            self.on_stopped = None
         for note in self._director.take_notes():
             print(f"coordinator: {note}", file=sys.stderr, flush=True)
 
@@ -312,6 +319,7 @@ def main() -> None:
     control = Control.from_environment(on_push=lambda message: _watch(coordinator, message))
     if control is not None:
         control.publish("coordinator", coordinator.address)
+        coordinator.on_stopped = partial(control.publish, STOPPED)
     else:
         print(f"coordinator {coordinator.address}", flush=True)
     coordinator.run(for_ever=control is not None)  # the launcher ends it: who comes back late hears that all is over

@@ -33,6 +33,9 @@ STRANGER = "another incarnation of this process has taken its place, or it never
 _FENCED_MAY = ("ticket", "first", "bye")  # even with an old generation
 
 
+PATIENCE = 10  # heartbeat timeouts that the last pipelines may be silent
+
+
 class Director:
     """One job; create it before the first worker comes, who brings the rules.
 
@@ -101,6 +104,11 @@ class Director:
         return self._job is not None and self._job.roll.deserted
 
     @property
+    def stopped(self) -> str | None:
+        """Why the job has to end, if too few pipelines are left."""
+        return None if self._job is None else self._job.stopped
+
+    @property
     def live(self) -> tuple[int, ...]:
         """The pipelines that take part."""
         return () if self._job is None else self._job.roll.live
@@ -121,7 +129,7 @@ class _Job:
         self._scheduler: GroupScheduler | None = None  # since the start
         self._wake_at = NEVER  # the scheduler has nothing to do before that
         self._look_at = NEVER  # nobody is silent for too long before that
-        self._stopped: str | None = None  # too few are left
+        self.stopped: str | None = None  # too few are left
         self._range = (-1, 0, 0)  # segment, first ticket, stop
         self._closing = -1  # the segment whose final averages have begun
         self._rounds: dict[tuple[int, int], tuple[Worker, int]] = {}  # (stage, pipeline) -> who waits for a group
@@ -165,8 +173,8 @@ class _Job:
             pass
         elif old and kind not in _FENCED_MAY:
             self._fail(worker, number, "fenced", pipeline.why)
-        elif self._stopped is not None and kind != "bye":
-            self._fail(worker, number, "too few", self._stopped)
+        elif self.stopped is not None and kind != "bye":
+            self._fail(worker, number, "too few", self.stopped)
         else:
             handler(worker, number, message, now)
         return post.taken()
@@ -217,8 +225,8 @@ class _Job:
         self.roll.enter(worker)
         self._look_at = min(self._look_at, now + self.rules.heartbeat_timeout_s)
         self._post.ask(worker, number, "hello", now, self.roll.missing_at_start)
-        if self._stopped is not None:
-            self._fail(worker, number, "too few", self._stopped)
+        if self.stopped is not None:
+            self._fail(worker, number, "too few", self.stopped)
         elif self._scheduler is not None:
             self._welcome(worker, number)
             self._admit(now)
@@ -289,12 +297,18 @@ class _Job:
     # --- who is alive
 
     def _look(self, now: float) -> None:
-        """Finds the silent ones."""
+        """Finds the silent ones; with more patience if too few would be left, since that would be the job's end."""
+        timeout_s, spared = self.rules.heartbeat_timeout_s, False
         for worker in self.roll.silent_at(now):
             pipeline = self.roll.pipelines[worker.pipeline]
-            if pipeline.state in ("live", "coming"):
+            if pipeline.state not in ("live", "coming"):
+                continue
+            last = len(self.roll.of("coming", "live", "finished")) <= self.rules.min_replicas
+            if last and now < worker.heard + PATIENCE * timeout_s:
+                worker.silent, spared = False, True
+            else:
                 self._lose(pipeline, f"stage {worker.stage} was silent for {now - worker.heard:.3g} s", now)
-        self._look_at = self.roll.look_at
+        self._look_at = max(self.roll.look_at, now + timeout_s / 4) if spared else self.roll.look_at
 
     def _speaks_again(self, worker: Worker, now: float) -> None:
         worker.silent = False
@@ -349,15 +363,15 @@ class _Job:
     def _enough(self) -> bool:
         """Whether enough pipelines are left; otherwise the job stops."""
         left, lost = self.roll.of("coming", "live", "finished"), self.roll.of("away")
-        if self._stopped is None and len(left) < self.rules.min_replicas:
+        if self.stopped is None and len(left) < self.rules.min_replicas:
             count = f"{len(left)} of {self.rules.pipelines} pipelines {'is' if len(left) == 1 else 'are'} left"
             reasons = "; ".join(pipeline.why for pipeline in lost)
-            self._stopped = f"{count}, and --min-replicas is {self.rules.min_replicas}: {reasons}"
-            self.notes.append(self._stopped)
-            self._post.push({"type": "stop", "text": self._stopped}, self.roll.workers.values())
+            self.stopped = f"{count}, and --min-replicas is {self.rules.min_replicas}: {reasons}"
+            self.notes.append(self.stopped)
+            self._post.push({"type": "stop", "text": self.stopped}, self.roll.workers.values())
             for worker, number, _ in self.roll.asking():
-                self._fail(worker, number, "too few", self._stopped)
-        return self._stopped is None
+                self._fail(worker, number, "too few", self.stopped)
+        return self.stopped is None
 
     def _bye(self, worker: Worker, number: int, message: Message, now: float) -> None:
         self._post.answer(worker, number, {})
@@ -548,7 +562,7 @@ class _Job:
                 self._fail(worker, number, "over", OVER)
             return
         segment = self._range[0]
-        if self._stopped is not None or segment < 0 or segment == self._closing:
+        if self.stopped is not None or segment < 0 or segment == self._closing:
             return
         returning = [pipeline for pipeline in self.roll.of("away") if self.roll.whole(pipeline)]
         if returning and all(worker.segment == segment for worker in self.roll.live_workers()):

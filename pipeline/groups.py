@@ -598,7 +598,7 @@ class GroupScheduler:
             self._follow(self._order, forms, now)
         commands: list[Command] = [*forms]
         wake = min(self._deadlines.values()) if self._deadlines else None
-        if isinstance(event, Tick) and self._asked_for is not None and now >= self._asked_for:
+        if self._asked_for is not None and now >= self._asked_for:
             self._asked_for = None
         if wake is not None and (self._asked_for is None or wake < self._asked_for):
             self._asked_for = wake

@@ -20,6 +20,7 @@ from pipeline.mailbox import Key, Mailbox
 from pipeline.transport.protocol import bytes_of
 
 SMALL_BYTES = 1 << 16  # up to here everybody sends everything to everybody: one exchange instead of two
+BLOCK = 1 << 17  # elements
 
 
 class Wires(Protocol):
@@ -99,13 +100,20 @@ class Round:
 
 
 def mean_of(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one dtype, added in order in float32 at least and rounded once; in new memory."""
-    dtype = parts[0].dtype
-    wide = dtype if dtype.itemsize >= 4 else torch.float32
-    total = parts[0].to(wide) + parts[1].to(wide)
-    for part in parts[2:]:
-        total += part.to(wide)
-    return total.div_(len(parts)).to(dtype)
+    """The mean of (n,) tensors of one dtype, added in order in float32 at least and rounded once; in new memory."""
+    result = torch.empty_like(parts[0])
+    wide = result.dtype if result.dtype.itemsize >= 4 else torch.float32
+    for start in range(0, result.numel(), BLOCK):  # what stays in the cache is divided there
+        first, *rest = (part[start : start + BLOCK].to(wide) for part in parts)
+        block = result[start : start + BLOCK]
+        total = block if block.dtype == wide else torch.empty_like(first)
+        torch.add(first, rest[0], out=total)
+        for part in rest[1:]:
+            total += part
+        total /= len(parts)
+        if total is not block:
+            block.copy_(total)
+    return result
 
 
 def _split(x: Tensor, members: Sequence[int]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from bench.faults import FaultyJob  # noqa: E402
 PAUSE_S = 0.01  # before every forward and every backward
 STEP_S = 2 * PAUSE_S
 BATCH = 8
-HEARTBEAT_S = 1.5
+HEARTBEAT_S = 2.0
 
 
 def tiny_job(

@@ -111,6 +111,11 @@ class TwoHosts:
         shell("ip", "-n", self.namespace(host), "link", "set", "e0", "up")
         shell("ip", "-n", self.namespace(host), "addr", "replace", f"{self.addresses6[host]}/64", "dev", "e0", "nodad")
 
+    def switch_off(self, host: str) -> None:
+        """For good, at once: nobody hears a last word of it."""
+        self.unplug(host)
+        remove_host(self.tag, host)
+
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
@@ -202,19 +207,24 @@ def start_sshd(net: TwoHosts, host: str) -> None:
 def clean(tag: str, folder: Path | None) -> None:
     """Ends every process of both hosts and removes whatever `build` made; harmless when done twice."""
     for host in NAMES:
-        space = f"{PREFIX}{tag}{host}"
-        deadline = time.monotonic() + 10
-        while (pids := pids_in(space)) and time.monotonic() < deadline:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        subprocess.run(["ip", "netns", "del", space], capture_output=True, timeout=20)
-        shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
+        remove_host(tag, host)
     for link in (f"{PREFIX}{tag}b", f"{PREFIX}{tag}0", f"{PREFIX}{tag}1"):
         subprocess.run(["ip", "link", "del", link], capture_output=True, timeout=20)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_host(tag: str, host: str) -> None:
+    """Ends every process of a host, and the host."""
+    space = f"{PREFIX}{tag}{host}"
+    deadline = time.monotonic() + 10
+    while (pids := pids_in(space)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    subprocess.run(["ip", "netns", "del", space], capture_output=True, timeout=20)
+    shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
 
 
 def pids_in(space: str) -> list[int]:

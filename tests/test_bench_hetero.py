@@ -22,8 +22,10 @@ def bench() -> Any:
     return module
 
 
-def report(begin: float, end: float, groups: dict[str, int] | None, samples: int = 8) -> dict[str, Any]:
-    mixing = None if groups is None else {"groups": groups, "waited_s": 0.1}
+def report(begin: float, end: float, groups: dict[int, int] | None, samples: int = 8) -> dict[str, Any]:
+    mixing = None
+    if groups is not None:
+        mixing = {"waited_s": 0.1, "partner": 2.0, **{f"groups_of_{size}": times for size, times in groups.items()}}
     return {"stretches": [[begin, end]], "samples": samples, "mixing": mixing}
 
 
@@ -40,7 +42,7 @@ def test_the_ideal_is_all_work_over_all_speed(bench: Any, factor: float, ideal: 
 
 
 def test_the_time_is_from_the_first_start_to_the_last_end(bench: Any) -> None:
-    outcome = bench.outcome_of([report(10.0, 11.0, {"1": 1, "4": 2}, 24), report(10.1, 12.0, {"4": 2}, 16)], 8)
+    outcome = bench.outcome_of([report(10.0, 11.0, {1: 1, 4: 2}, 24), report(10.1, 12.0, {4: 2}, 16)], 8)
     assert outcome.seconds == pytest.approx(2.0)
     assert outcome.groups == {1: 1, 4: 4} and outcome.updates == 5
     assert outcome.waited == pytest.approx(0.05)

@@ -34,6 +34,7 @@ class Chaos:
 
     def __init__(self, job: FaultyJob, seed: int) -> None:
         self.job, self.random = job, Random(seed)
+        self.harmed: dict[int, float] = {}  # pipeline -> when its last fault was over
         self.killed: list[int] = []
         self.frozen: list[int] = []
 
@@ -49,16 +50,16 @@ class Chaos:
 
     def harm(self, victim: int, stage: int) -> None:
         if self.random.random() < 0.4:
-            self.job.kill(victim, stage=stage)
+            self.harmed[victim] = self.job.kill(victim, stage=stage)
             self.killed.append(victim)
             return
         self.frozen.append(victim)
         self.job.freeze(victim, stage=stage)
         self.goes_on(self.random.uniform(0.2, 2 * HEARTBEAT_S))
-        self.job.thaw(victim, stage=stage)
+        self.harmed[victim] = self.job.thaw(victim, stage=stage)
 
     def is_well(self, pipeline: int) -> bool:
-        since = time.time() - CALM_S
+        since = max(time.time() - CALM_S, self.harmed.get(pipeline, 0.0) + CALM_S)  # the fenced still finish a batch
         return all(self.job.entries("update", pipeline=pipeline, stage=s, after=since) for s in range(self.job.stages))
 
     def goes_on(self, seconds: float) -> bool:

@@ -140,7 +140,7 @@ def test_a_whole_job_from_hello_to_bye() -> None:
         assert (
             results([client.gather("loss", client.pipeline / 2, "last") for client in clients]) == [{1: 0, 3: 0.5}] * 4
         )
-        assert results([client.first("name", client.stage) for client in clients[1::-1]]) == [1, 1]
+        assert [client.first("name", client.stage).result(SOON_S) for client in clients[1::-1]] == [1, 1]
         for client in clients:
             client.bye()
     assert process.wait(SOON_S) == 0
@@ -331,8 +331,9 @@ def test_the_frozen_are_fenced_and_come_back() -> None:
 def test_processes_that_are_started_again_take_their_place() -> None:
     with coordinator() as server, job(server.address, pipelines=2) as work:
         first, old = work.start()
-        first.begin(0, 0, 100)
-        old.begin(0, 0, 100)
+        for client in (first, old):
+            client.begin(0, 0, 100)
+            client.first("begun", True).result(SOON_S)
         new = work.client(1, incarnation=1)
         assert new.hello() == Welcome(1, True, 0, 0)
         assert new.giver().result(SOON_S) == (0, "host0:0")
@@ -357,9 +358,10 @@ def test_too_few_replicas_end_the_job() -> None:
         first, _ = work.start()
         waiting = first.ready(1)
         server.lost(1, "killed by signal 9")
-        for future in (waiting, first.ready(2)):
-            with pytest.raises(TooFewReplicas, match=r"1 of 2 pipelines is left, and --min-replicas is 2: .*signal 9"):
-                future.result(SOON_S)
+        with pytest.raises(TooFewReplicas, match=r"1 of 2 pipelines is left, and --min-replicas is 2: .*signal 9"):
+            waiting.result(SOON_S)
+        with pytest.raises(TooFewReplicas):
+            first.ready(2).result(SOON_S)
 
 
 # --- the coordinator's own end

@@ -82,10 +82,9 @@ def test_two_fast_replicas_do_not_pair_for_ever() -> None:
     scheduler, limit = GroupScheduler(1, 3, Rules(max_group=2, connect_within=10, wait="reference")), 10
     for round_ in range(30):
         scheduler.handle(Ready(0, 0, round_), round_)
-        formed = forms(scheduler.handle(Ready(0, 1, round_), round_))
-        if not formed:
+        scheduler.handle(Ready(0, 1, round_), round_)
+        if not forms(scheduler.handle(Tick(), round_ + 0.5)):
             break
-        scheduler.handle(Tick(), round_ + 0.5)
     assert round_ < limit and scheduler.holding == 0 and scheduler.waiting(0) == (0, 1)
     assert scheduler.handle(Tick(), 1e6) == [], "time cannot change the answer"
     first, second = forms(scheduler.handle(Ready(0, 2, 0), 1e6))
@@ -94,22 +93,14 @@ def test_two_fast_replicas_do_not_pair_for_ever() -> None:
 
 
 def test_a_slow_one_is_in_some_group_within_the_bound_and_only_then_waited_for() -> None:
-    assert "connects" in slow_replica_run().reasons[-1]
-
-
-def slow_replica_run() -> Any:
-    class Run:
-        reasons: list[str] = []  # noqa: RUF012
-
     scheduler = GroupScheduler(1, 2, Rules(connect_within=5, wait="reference"))
     for step in range(4):
         scheduler.handle(Ready(0, 0, step), step)
-        Run.reasons += [c.reason for c in scheduler.handle(Tick(), step + 0.5) if isinstance(c, Form)]
+        assert forms(scheduler.handle(Tick(), step + 0.5)) == [(0,)]
     scheduler.handle(Ready(0, 0, 4), 4)
-    assert scheduler.handle(Tick(), 100.0) == []
-    Run.reasons += [c.reason for c in scheduler.handle(Ready(0, 1, 0), 101.0) if isinstance(c, Form)]
-    assert len(Run.reasons) == 5
-    return Run
+    assert scheduler.handle(Tick(), 100.0) == [], "the fifth round has to connect"
+    (form,) = scheduler.handle(Ready(0, 1, 0), 101.0)
+    assert form == Form(0, 5, (0, 1), "connects replicas that had not met in 4 rounds")
 
 
 def test_a_large_group_is_split_evenly_among_those_who_have_not_met_for_longest() -> None:
@@ -149,9 +140,9 @@ def test_a_final_round_has_everybody_and_ordinary_rounds_go_on_until_then() -> N
 def test_who_leaves_is_not_waited_for(policy: Any) -> None:
     scheduler = GroupScheduler(1, 3, Rules(policy=policy, connect_within=1))
     for pipeline in (0, 1):
-        assert len(forms(scheduler.handle(Ready(0, pipeline, 1), 0.0))) <= 1
-    formed = forms(scheduler.handle(Left(2), 0.0))
-    assert (0, 1) in formed or scheduler.sizes[2] == 1
+        scheduler.handle(Ready(0, pipeline, 1), 0.0)
+    scheduler.handle(Left(2), 0.0)
+    assert scheduler.waiting(0) == ()
     scheduler.handle(Final(0, 0), 1.0)
     assert forms(scheduler.handle(Left(1), 2.0)) == [(0,)], "its final round"
     assert scheduler.live == {0}
@@ -161,8 +152,7 @@ def test_who_asks_twice_or_is_not_live_is_refused() -> None:
     scheduler = GroupScheduler(2, 2, Rules(), live=[0])
     scheduler.handle(Final(0, 0), 0.0)
     scheduler.handle(Joined(1), 0.0)
-    scheduler.handle(Ready(0, 1, 1), 0.0) if not scheduler.waiting(0) else None
-    with pytest.raises(ValueError, match="already live|live: "):
+    with pytest.raises(ValueError, match="pipeline 1 of 2 joins"):
         scheduler.handle(Joined(1), 0.0)
     scheduler.handle(Left(1), 0.0)
     with pytest.raises(ValueError, match="not live"):
@@ -233,10 +223,15 @@ def test_a_request_does_not_count_before_those_its_average_depends_on_are_answer
     scheduler.handle(Ready(0, 1, 5), 0.0)
     assert scheduler.handle(Ready(0, 0, 5), 0.0) == []
     assert scheduler.waiting(0) == (0, 1)
-    assert forms(scheduler.handle(Tick(), 0.001)) == [(1,), (0,)]
+    first, second = [command for command in scheduler.handle(Tick(), 0.001) if isinstance(command, Form)]
+    assert (first.stage, first.members, second.stage, second.members) == (1, (0,), 0, (1,))
+    assert scheduler.waiting(0) == (0,), "now it counts, for the next round"
 
 
 # --- laws under any order of events
+
+
+OVERTAKEN = "the average of a stage before waits"  # does not connect, and cannot wait until it would
 
 
 class Laws:
@@ -250,7 +245,6 @@ class Laws:
         self.parts = [[{pipeline} for pipeline in scheduler.live] for _ in range(stages)]
         self.rounds = [0] * stages  # since connected, but those while another stage held
         self.all_rounds = [0] * stages
-        self.excess = 0
         self.round = 0
         self.wakes: list[float] = []
 
@@ -272,13 +266,12 @@ class Laws:
         formed = []
         for command in commands:
             if isinstance(command, WakeAt):
-                assert command.time > now
                 heapq.heappush(self.wakes, command.time)
             else:
                 self.form(command, held)
                 formed.append(command)
-        for stage, waiting in enumerate(self.open):
-            assert self.scheduler.waiting(stage) == tuple(sorted(waiting))
+        for stage in {event.stage} if isinstance(event, Ready | Final) else range(len(self.open)):
+            assert self.scheduler.waiting(stage) == tuple(sorted(self.open[stage]))
         return formed
 
     def change(self, stage: int, event: Left | Final | Joined) -> None:
@@ -310,7 +303,7 @@ class Laws:
         parts = self.parts[stage]
         touched = [part for part in parts if part & members]
         self.parts[stage] = [part for part in parts if not part & members] + [set().union(*touched)]
-        self.rounds[stage] += held is None or held == stage
+        self.rounds[stage] += held in (None, stage) and form.reason != OVERTAKEN
         self.all_rounds[stage] += 1
         self.check_connected(stage)
         self.restart_if_connected(stage)
@@ -319,7 +312,8 @@ class Laws:
         if self.rules.policy == "partial" and len(self.parts[stage]) > 1:
             possible = -(-(self.pipelines - 1) // (self.rules.max_group - 1))
             assert self.rounds[stage] < max(self.limit, possible)
-            self.excess = max(self.excess, self.all_rounds[stage] - self.limit)
+            if self.rules.connect_within is None:  # then even while another stage holds
+                assert self.all_rounds[stage] < self.limit
 
 
 operations = st.lists(
@@ -338,7 +332,7 @@ any_rules = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     any_rules, st.integers(1, 3), st.integers(1, 6), operations, st.lists(st.floats(0, 0.02), min_size=80, max_size=80)
 )
@@ -391,6 +385,7 @@ class Case:
     jitter: float = 0.1
     seed: int = 0
     failures: tuple[tuple[float, int, float], ...] = ()  # (when, pipeline, seconds until it wants to join)
+    pause_s: float = 0.0  # one forward or backward in ten takes so much longer
     early: bool = True  # ask before the backward, or after the update
     latency_s: float = 0.0  # requests travel for up to this long, and overtake each other
     separate: bool = False  # a scheduler per stage: the trap
@@ -469,16 +464,19 @@ class World:
                 self.at(heapq.heappop(laws.wakes), "tick", None)
 
     def formed(self, form: Form) -> None:
-        if not form.final:
+        if form.final:
+            segment = self.workers[form.stage, form.members[0]].segment
+            self.finals[segment, form.stage] += 1
+            self.closing = max(self.closing, segment)
+        else:
             self.sizes[len(form.members)] += 1
         self.promised[form.round] = {member: self.lives[member] for member in form.members}
         for member in form.members:
             worker = self.workers[form.stage, member]
             worker.group = form
-            self.longest_wait = max(self.longest_wait, self.now - worker.asked)
-            if form.final:
-                self.finals[worker.segment, form.stage] += 1
-                self.closing = max(self.closing, worker.segment)
+            if not form.final:
+                self.longest_wait = max(self.longest_wait, self.now - worker.asked)
+            else:
                 self.begin(worker, worker.segment + 1)
         for member in form.members:
             self.at(self.now, "go", (form.stage, member, self.lives[member]))
@@ -532,7 +530,8 @@ class World:
         case = self.case
         base = self.FORWARD_S if action.op is Op.FORWARD else self.BACKWARD_S
         chance = draw(case.seed, worker.pipeline, worker.stage, action.microbatch, int(action.op is Op.FORWARD))
-        return base * case.slowness[worker.pipeline] * (1 + case.jitter * (chance % 2001 - 1000) / 1000)
+        pause = case.pause_s if chance // 2001 % 10 == 0 else 0.0
+        return pause + base * case.slowness[worker.pipeline] * (1 + case.jitter * (chance % 2001 - 1000) / 1000)
 
     def may_start(self, worker: _Worker, action: Any) -> bool:
         pipeline, stage = worker.pipeline, worker.stage
@@ -717,36 +716,94 @@ def random_case(seed: int) -> Case:
 def check(case: Case) -> World:
     world = World(case).run()
     assert not world.stuck, f"{world.stuck} in {case}"
-    assert world.ticks <= 3 * world.events, "it must not spin"
-    if case.rules.policy == "partial" and not case.failures and len(case.segments) == 1:
-        drain = sum(world.case.segments) * 0  # waits for the final average are as long as the others still work
-        assert world.holds_end(drain) if hasattr(world, "holds_end") else True
+    assert world.ticks <= 2 * world.events + 10, f"it spins in {case}"
+    if case.rules.policy == "partial" and not case.failures:
+        assert world.longest_wait <= 2 * world.period_s + case.latency_s, case
+    if not case.failures:
+        expected = {(segment, stage): 1 for segment in range(len(case.segments)) for stage in range(case.stages)}
+        assert world.finals == Counter(expected) and sum(world.batches.values()) == case.pipelines * sum(case.segments)
     return world
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_no_random_job_ever_deadlocks(part: int) -> None:
-    excess = 0
-    for seed in range(part * 500, part * 500 + 500):
-        world = check(random_case(seed))
-        excess = max(excess, max(laws.excess for laws in world.laws))
-    print(excess)
+def test_no_random_job_deadlocks_spins_or_waits_beyond_the_bound(part: int) -> None:
+    """The laws of `Laws` hold as well; a wait ends within two steps of the slowest pipeline, whatever is held."""
+    for seed in range(part * 350, part * 350 + 350):
+        check(random_case(seed))
 
 
-if __name__ == "__main__":
-    import sys
-    import time
+def tight_case(seed: int) -> Case:
+    """Everything that makes a stage hold, and messages that overtake each other."""
+    case = random_case(seed)
+    return replace(
+        case,
+        rules=replace(case.rules, policy="partial", connect_within=1 + seed % 6),
+        stages=2 + seed % 3,
+        slowness=(case.slowness * 4)[: 3 + seed % 3],
+        latency_s=(0.0, 0.003, 0.02, 0.05)[seed // 6 % 4],
+        early=True,
+        failures=(),
+    )
 
-    t = time.time()
-    n = 0
-    for seed in range(int(sys.argv[1]), int(sys.argv[2])):
-        case = random_case(seed)
-        try:
-            w = World(case).run()
-        except Exception as e:
-            print(seed, repr(e), case)
-            raise
-        n += w.events
-        if w.stuck:
-            print(seed, w.stuck, case)
-    print(time.time() - t, n)
+
+@pytest.mark.parametrize("part", range(2))
+def test_no_job_with_tight_bounds_and_late_messages_deadlocks(part: int) -> None:
+    for seed in range(part * 250, part * 250 + 250):
+        check(tight_case(seed))
+
+
+def test_stages_that_hold_independently_deadlock() -> None:
+    """The trap: with a scheduler per stage, each waits for a pipeline that another one keeps waiting."""
+    stuck = [seed for seed in range(200) if World(replace(tight_case(seed), separate=True)).run().stuck]
+    assert stuck, "if this cannot happen any more, the one holder is not needed"
+    assert not any(World(tight_case(seed)).run().stuck for seed in stuck)
+
+
+# --- what it is for
+
+
+def uneven(factor: float, **more: Any) -> Case:
+    return Case(
+        stages=1, slowness=(1.0, 1.0, 1.0, factor), segments=(100,), **{"rules": Rules(), "early": False, **more}
+    )
+
+
+def ideal_s(case: Case) -> float:
+    """Total work over total speed."""
+    step = World.FORWARD_S + World.BACKWARD_S
+    return len(case.slowness) * sum(case.segments) * step / sum(1 / slowness for slowness in case.slowness)
+
+
+def memberships(world: World) -> tuple[float, float]:
+    """Mean group size, and the part of all requests that were answered by a group of one."""
+    total = sum(size * times for size, times in world.sizes.items())
+    return sum(size * size * times for size, times in world.sizes.items()) / total, world.sizes[1] / total
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_equal_replicas_meet_all_together(early: bool) -> None:
+    """Early requests hide the waiting behind the backward; that it is hidden is learnt."""
+    for seed in range(5):
+        world = World(uneven(1.0, seed=seed, early=early)).run()
+        mean, alone = memberships(world)
+        assert alone <= 0.01 and mean > (3.4 if early else 3.8), world.sizes
+        assert world.last_batch < 1.08 * ideal_s(world.case)
+
+
+@pytest.mark.parametrize("factor", [2.0, 5.0])
+def test_a_slow_replica_costs_the_others_little_and_takes_part(factor: float) -> None:
+    for seed in range(5):
+        world, fixed = (
+            World(uneven(factor, seed=seed, rules=Rules(wait=wait))).run() for wait in ("adaptive", "reference")
+        )
+        mean, alone = memberships(world)
+        assert world.last_batch < 1.1 * ideal_s(world.case) and world.last_batch < fixed.last_batch
+        assert mean > 3 and alone < 0.04
+        assert world.batches[3] == pytest.approx(400 / factor / (3 + 1 / factor), rel=0.2), "each works at its speed"
+
+
+def test_nobody_waits_for_replicas_that_pause_at_random() -> None:
+    """The reference's --hetero: what is usual is judged by the median, which a rare long pause does not move."""
+    world = World(uneven(1.0, pause_s=0.1, rules=Rules(connect_within=1000))).run()
+    step = World.FORWARD_S + World.BACKWARD_S
+    assert world.longest_wait < 1.2 * BURST * step
