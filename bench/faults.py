@@ -17,16 +17,17 @@ import signal
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from heturun.agent import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL_S = 0.02
+POLL_S = 0.05
 END_S = 20.0  # for a job that was told to end
 
 
@@ -140,11 +141,10 @@ class FaultyJob:
         self._look()
         return [
             entry
-            for entry in self._entries
+            for entry in islice(self._entries, bisect_right(self._entries, after, key=_when), None)
             if (event is None or entry.event == event)
             and (pipeline is None or entry.pipeline == pipeline)
             and (stage is None or entry.stage == stage)
-            and entry.time > after
         ]
 
     def _look(self) -> None:
@@ -156,7 +156,7 @@ class FaultyJob:
                     self._read[path] = file.tell()
                     values = json.loads(line)
                     self._entries.append(Entry(values.pop("time"), *place, values.pop("event"), values))
-        self._entries.sort(key=lambda entry: entry.time)
+        self._entries.sort(key=_when)
 
     def wait_until(self, condition: Callable[[], Any], *, within_s: float = 60.0, what: str = "it") -> Any:
         """What `condition` returns, when it is true; an error if the job ends before or nothing comes of it."""
@@ -207,6 +207,10 @@ class FaultyJob:
                     if str(self.folder).encode() in words and state != "Z":
                         found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
+
+
+def _when(entry: Entry) -> float:
+    return entry.time
 
 
 def write_layout(path: Path, stages: int, pipelines: int) -> str:

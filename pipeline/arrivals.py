@@ -58,7 +58,7 @@ class Wait(Protocol):
 class _Delay:
     """The part of a wait that delays the next request: the slope of periods over the waits before them, from 1 on."""
 
-    PRIOR, FADING, SLOWNESS = 0.01, 0.99, 0.1
+    PRIOR, FADING, SLOWNESS, LEAST = 0.01, 0.99, 0.1, 0.02
 
     def __init__(self) -> None:
         self._variance = self._covariance = self.PRIOR
@@ -74,7 +74,17 @@ class _Delay:
         self._variance = self.FADING * self._variance + wait_off * wait_off
         self._covariance = self.FADING * self._covariance + wait_off * period_off
         part = (self._covariance + self.PRIOR) / (self._variance + self.PRIOR)
-        self.part = min(1.0, max(0.02, part))
+        self.part = min(1.0, max(self.LEAST, part))
+
+
+class _NoDelay(_Delay):
+    """Nobody stands still, which is known and need not be learnt."""
+
+    def __init__(self) -> None:
+        self.part = self.LEAST
+
+    def learn(self, wait: float, period: float, worker: _Worker) -> None:
+        """There is nothing to learn."""
 
 
 class _Worker:
@@ -225,6 +235,26 @@ class AdaptiveWait:
         return Deadline(min(end, late), f"pipeline {pipeline} did not come in time")
 
 
+class HiddenWait(AdaptiveWait):
+    """For requests that nobody stands still for (--overlap-sync): waits, up to BURST, for all who come by then.
+
+    One who would be alone waits for ALONE of its own times: company a step later is worth more than none now.
+    """
+
+    ALONE = 1.5
+
+    def __init__(self, pipelines: int) -> None:
+        super().__init__(pipelines)
+        self._delay = _NoDelay()
+
+    def deadline(self, now: float, *, missing: int, full: bool) -> Deadline:
+        deadline = super().deadline(now, missing=missing, full=full)
+        if self._waiting > 1 or self._rate <= 0:
+            return deadline
+        end = self._opened + self.ALONE / self._rate
+        return deadline if deadline.time >= end else Deadline(end, "nobody came for more than a step")
+
+
 class ReferenceWait:
     """The reference's fixed rule: 1 ms; twice that after a group of one, up to 10 ms; else 0.9 times, down to 0.01 ms.
 
@@ -258,4 +288,4 @@ class ReferenceWait:
         return Deadline(self._deadline, "the wait of the first one is over")
 
 
-WAITS: dict[str, Callable[[int], Wait]] = {"adaptive": AdaptiveWait, "reference": ReferenceWait}
+WAITS: dict[str, Callable[[int], Wait]] = {"adaptive": AdaptiveWait, "hidden": HiddenWait, "reference": ReferenceWait}

@@ -150,6 +150,7 @@ class Client:
         self._asked = 0
         self._calls: dict[int, _Call] = {}
         self._outbox: deque[bytes] = deque()
+        self._rung = False  # whether the thread has been told that there is something to send
         self._failure: Callable[[], Exception] | None = None  # what all questions fail with from now on
         self._closed = False
         self._ended = False  # the thread
@@ -195,8 +196,8 @@ class Client:
         return self._ask("ticket", {"segment": segment, "k": k}, lambda answer: answer["ticket"])
 
     def done(self, k: int) -> None:
-        """This pipeline's k-th batch is through; stage 0 says so."""
-        self._note("done", {"k": k})
+        """This pipeline's k-th batch is through; stage 0 says so. Leaves with the next question, or the next ping."""
+        self._note("done", {"k": k}, hurry=False)
 
     def ready(self, step: int, scope: str = "") -> Future[Group]:
         """Asks for a group to average with; a pipeline that is not whole stays alone."""
@@ -249,7 +250,7 @@ class Client:
         else:
             self._thread.join()
 
-    def _ask(self, kind: str, fields: Message, decode: Callable[[Message], T]) -> Future[T]:
+    def _ask(self, kind: str, fields: Message, decode: Callable[[Message], T], *, hurry: bool = True) -> Future[T]:
         future: Future[T] = Future()
         with self._lock:
             failure = self._failure
@@ -263,16 +264,17 @@ class Client:
                     raise ValueError(f"{kind} of {len(payload)} bytes; the coordinator takes {FRAME_BYTES}")
                 self._calls[self._asked] = _Call(kind, self.generation, payload, future, decode)
                 self._outbox.append(payload)
-                if len(self._outbox) == 1:  # else it has been rung
+                if hurry and not self._rung:
+                    self._rung = True
                     self._ring()
                 failure = None
         if failure is not None:
             future.set_exception(failure())
         return future
 
-    def _note(self, kind: str, fields: Message) -> None:
+    def _note(self, kind: str, fields: Message, *, hurry: bool = True) -> None:
         """A question whose answer nobody waits for; a refusal is a mistake that ends this client."""
-        self._ask(kind, fields, lambda answer: None).add_done_callback(self._check_note)
+        self._ask(kind, fields, lambda answer: None, hurry=hurry).add_done_callback(self._check_note)
 
     def _check_note(self, future: Future[None]) -> None:
         error = future.exception()
@@ -430,6 +432,7 @@ class Client:
                 self._repeat()
 
     def _flush(self, line: _Line) -> None:
+        self._rung = False  # whoever asks from here on rings again
         while self._outbox:
             line.send(self._outbox.popleft())
 
@@ -470,6 +473,7 @@ class _Line:
         self._connect()
 
     def _connect(self) -> None:
+        self._poller: zmq.Poller | None = None
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.identity = self._identity
         self._socket.curve_serverkey = self._server_key
@@ -497,10 +501,11 @@ class _Line:
 
     def wait(self, fd: int, pause_s: float) -> bool:
         """Until a message, an event or a ring at `fd`; whether it rang."""
-        poller = zmq.Poller()
-        for one in (self._socket, self._monitor, fd):
-            poller.register(one, zmq.POLLIN)
-        ready = dict(poller.poll(int(pause_s * 1000) + 1))
+        if self._poller is None:
+            self._poller = zmq.Poller()
+            for one in (self._socket, self._monitor, fd):
+                self._poller.register(one, zmq.POLLIN)
+        ready = dict(self._poller.poll(int(pause_s * 1000) + 1))
         if self._monitor in ready:
             self._look()
         return fd in ready

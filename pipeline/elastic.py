@@ -147,14 +147,14 @@ class ElasticTrainer(Trainer):
         return ElasticJournal(
             self.settings,
             self.calendar,
-            speaks=lambda: world.pipeline == min(world.client.live, default=world.pipeline),
+            speaks=lambda: world.pipeline == min(world.client.live, default=-1),
             pipelines=1,
             rate=self.rate,
             sum_over_pipelines=world.sum_over_pipelines,
             progress=world.progress,
             busy_s=lambda: self.executor.busy_s,
             device=str(world.device),
-            resumed=self.settings.resume is not None,
+            resumed=self.settings.resume is not None or world.late,  # never over what others have written
         )
 
     def _mean_over_pipelines(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from heturun.wire import OUTAGE_S
 from pipeline.coordination import Client, JobRules, Welcome
 from pipeline.diary import Diary
 from pipeline.errors import CoordinatorLost, Fenced, PeerLost, TooFewReplicas
@@ -80,6 +81,7 @@ class ElasticWorld(World):
             timeout_s=self.timeout_s,
             on_lost=self._on_lost,
             on_joined=self._on_joined,
+            patience_s=OUTAGE_S,
         )
         self.mesh.on_broken = self.client.suspect
         self.diary.note("hello")

@@ -89,7 +89,8 @@ class Rules:
     """How groups are formed.
 
     partial: whoever is ready, in groups of at most `max_group`; within `connect_within` rounds of a stage (None: ten
-        per replica) its groups have connected all replicas; `wait` is one of `pipeline.arrivals.WAITS`.
+        per replica) its groups have connected all replicas; `wait` is one of `pipeline.arrivals.WAITS`: "hidden" where
+        nobody stands still for the answer.
     all: a round has all live replicas of its scope, however long that takes.
     matching: pairs, drawn from (seed, step), of replicas that have made the same number of steps.
     """
@@ -97,7 +98,7 @@ class Rules:
     policy: Policy = "partial"
     max_group: int = 8
     connect_within: int | None = None
-    wait: Literal["adaptive", "reference"] = "adaptive"
+    wait: Literal["adaptive", "hidden", "reference"] = "adaptive"
     seed: int = 0
 
     def __post_init__(self) -> None:

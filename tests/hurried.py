@@ -1,4 +1,4 @@
-"""train_resnet.py --emulate as a test needs it: when the file $HURRY is there, nobody waits any more, and it soon ends."""
+"""train_resnet.py --emulate as a test needs it: when the file $HURRY is there it waits no more, and soon ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pipeline.emulated_task  # noqa: E402
-import train_resnet  # noqa: E402
-from pipeline.waiting import ExactClock  # noqa: E402
+import pipeline.emulated_task
+import train_resnet
+from pipeline.waiting import ExactClock
 
 
 class HurriedClock(ExactClock):

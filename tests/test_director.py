@@ -237,7 +237,18 @@ def test_a_loop_that_stood_still_loses_nobody() -> None:
     job.tick(10.0)
     assert job.director.live == (0, 1)
     job.tick(13.0)
-    assert job.director.live == ()
+    assert job.director.live == (1,)
+
+
+def test_the_last_pipeline_is_borne_with_longer_since_nobody_waits_for_it() -> None:
+    job = Job(heartbeat_timeout_s=3.0).start()
+    job.tick(3.0)
+    assert job.director.live == (1,) and job.director.stopped is None
+    assert 3.0 < job.director.next_wake < 4.0
+    job.tick(29.9)
+    assert job.director.live == (1,)
+    job.tick(31.0)
+    assert job.director.live == () and job.director.stopped is not None
 
 
 def test_a_loss_is_told_to_all_and_lets_them_go_on() -> None:

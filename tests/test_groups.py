@@ -327,7 +327,7 @@ any_rules = st.builds(
     policy=st.sampled_from(["partial", "partial", "all", "matching"]),
     max_group=st.integers(2, 5),
     connect_within=st.none() | st.integers(1, 30),
-    wait=st.sampled_from(["adaptive", "reference"]),
+    wait=st.sampled_from(["adaptive", "hidden", "reference"]),
     seed=st.integers(0, 3),
 )
 
@@ -697,7 +697,7 @@ def random_case(seed: int) -> Case:
             policy=pick("partial", "partial", "partial", "all", "matching"),
             max_group=pick(2, 2, 3, 4, 8),
             connect_within=pick(None, 1, 3, pipelines, 2 * pipelines, 3 * pipelines),
-            wait=pick("adaptive", "adaptive", "reference"),
+            wait=pick("adaptive", "adaptive", "reference", "hidden"),
             seed=seed,
         ),
         stages=stages,
@@ -788,6 +788,25 @@ def test_equal_replicas_meet_all_together(early: bool) -> None:
         mean, alone = memberships(world)
         assert alone <= 0.01 and mean > (3.4 if early else 3.8), world.sizes
         assert world.last_batch < 1.08 * ideal_s(world.case)
+
+
+def test_in_the_background_nobody_goes_alone_although_others_are_a_step_away() -> None:
+    """Request at the end of a step, computing goes on: phases drift apart, and waiting costs nothing."""
+    alone = {}
+    for wait in ("hidden", "reference"):
+        scheduler, events, wakes = GroupScheduler(1, 4, Rules(wait=wait)), [(0.005, p) for p in range(4)], []
+        for step in range(1600):
+            now, pipeline = heapq.heappop(events)
+            while wakes and wakes[0] <= now:
+                time = heapq.heappop(wakes)
+                wakes += [c.time for c in scheduler.handle(Tick(), time) if isinstance(c, WakeAt)]
+            if pipeline not in scheduler.waiting(0):
+                commands = scheduler.handle(Ready(0, pipeline, step), now)
+                wakes += [c.time for c in commands if isinstance(c, WakeAt)]
+            heapq.heappush(events, (now + 0.005 * (1 + (draw(step) % 201 - 100) / 1000), pipeline))
+        total = sum(size * times for size, times in scheduler.sizes.items())
+        alone[wait] = scheduler.singletons / total
+    assert alone["hidden"] < 0.01 < alone["reference"]
 
 
 @pytest.mark.parametrize("factor", [2.0, 5.0])

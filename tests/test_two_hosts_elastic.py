@@ -23,7 +23,7 @@ from pipeline.placement import rcpu
 pair = [[rcpu("w0", 0), rcpu("w1", 0)]]  # a host is a pipeline of one stage
 """
 CLUSTER = "nodes: [{host: w0, workers: 1, servers: 1, chief: true}, {host: w1, workers: 1}]"
-STEPS = 800  # of 0.1 s: far longer than anything here takes, but the test ends it
+STEPS = 400  # of 0.2 s: far longer than anything here takes, but the test ends it
 HEARTBEAT_S = 3  # a busy machine may keep a process from speaking for a second or two
 OUTAGE_S = 7.0  # a host counts as cut off after 5 s, which an elastic job survives
 END_S = 90.0
@@ -71,10 +71,10 @@ def job(net: TwoHosts, folder: Path, launcher: str, *options: str) -> Iterator[J
     (folder / "two.yml").write_text(CLUSTER)
     heturun = [sys.executable, "-m", "heturun", "-c", "two.yml", "-i", str(net.key), "--launcher", launcher, *options]
     heturun += ["--env", f"HURRY={folder / 'hurry'}"]
-    command = ["python3", str(ROOT / "tests" / "hurried.py"), "--preduce", "--emulate", "50,50,0.1", "--pipeline", "dp"]
+    command = ["python3", str(ROOT / "tests" / "hurried.py"), "--preduce", "--emulate", "100,100,0.1", "--pipeline", "dp"]
     command += ["--placement", f"{folder / 'layouts.py'}:pair", "--heartbeat-timeout", str(HEARTBEAT_S)]
     command += ["--batch-size", "1", "--max-steps", str(STEPS), "--epochs", "1", "--validate-every", "0"]
-    command += ["--disp-batches", "5", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
+    command += ["--disp-batches", "2", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
     process = net.run_in(
         "w0",
         [*heturun, *command],
