@@ -33,6 +33,9 @@ check: env
 bench: env
 	python3 bench/transport.py
 	python3 bench/pipeline.py
+	python3 bench/coordinator.py
+	python3 bench/hetero.py
+	python3 bench/chaos.py
 	python3 bench/gpu.py
 
 env: $(STAMP)

@@ -276,9 +276,11 @@ class Fleet:
     @property
     def _blamed_at(self) -> float:
         """Until then a failure of the coordinator may yet be heard of, of which those of the pipelines only follow."""
-        complaints = [complaint for pipeline in self.pipelines for complaint in pipeline.outcome.complaints]
-        following = self.coordinated and all(complaint.secondary for complaint in complaints)
-        return max((complaint.time for complaint in complaints), default=0.0) + SETTLE_S if following else 0.0
+        outcomes = [pipeline.outcome for pipeline in self.pipelines]
+        if not self.coordinated or any(outcome.primary is not None for outcome in outcomes):
+            return 0.0
+        times = [complaint.time for outcome in outcomes for complaint in outcome.complaints]
+        return max(times, default=0.0) + SETTLE_S
 
     @property
     def _coordinator_failed(self) -> bool:

@@ -204,12 +204,19 @@ class Outcome:
         chosen = self._chosen(now)
         return self.complaints[0].time + SETTLE_S if chosen is None else chosen.time + EXIT_S
 
-    def _chosen(self, now: float) -> Complaint | None:
-        """The first primary complaint of a rank that did not itself say it was secondary; else, in time, the first."""
+    @property
+    def primary(self) -> Complaint | None:
+        """The first primary complaint of a rank that did not itself say it was secondary."""
         excused = {c.rank for c in self.complaints if c.secondary and c.message is not None}
         for complaint in self.complaints:
             if not complaint.secondary and (complaint.message is not None or complaint.rank not in excused):
                 return complaint
+        return None
+
+    def _chosen(self, now: float) -> Complaint | None:
+        """The first primary complaint; without one, in time, the first."""
+        if self.primary is not None:
+            return self.primary
         if self.complaints and (self.over or now >= self.complaints[0].time + SETTLE_S):
             return self.complaints[0]
         return None

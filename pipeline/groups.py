@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple
 
 from pipeline.arrivals import WAITS
@@ -168,9 +169,9 @@ class _Stage:
 class _Order:
     """The requests of each pipeline, in the order in which its stages depend on each other."""
 
-    def __init__(self, pipelines: int) -> None:
-        self._open: list[dict[int, int]] = [{} for _ in range(pipelines)]  # stage -> step, not answered
-        self._granted: list[dict[int, int]] = [{} for _ in range(pipelines)]  # stage -> step of the last group
+    def __init__(self, pipelines: int, stages: int) -> None:
+        self._open: list[list[float]] = [[inf] * stages for _ in range(pipelines)]  # the step that is not answered
+        self._newest: list[list[float]] = [[-inf] * stages for _ in range(pipelines)]  # the last step that counted
         self._early: list[dict[int, Ready]] = [{} for _ in range(pipelines)]  # stage -> what does not count yet
 
     def early(self, pipeline: int) -> Collection[int]:
@@ -180,39 +181,32 @@ class _Order:
     def counts(self, ready: Ready) -> bool:
         """Whether a request counts now; else `answered` returns it when it does."""
         stage, pipeline, step, _ = ready
-        earlier = self._open[pipeline]
-        for other in earlier:
-            if other > stage and earlier[other] < step:
-                self._early[pipeline][stage] = ready
-                return False
-        earlier[stage] = step
+        if min(self._open[pipeline][stage + 1 :], default=inf) < step:
+            self._early[pipeline][stage] = ready
+            return False
+        self._open[pipeline][stage] = self._newest[pipeline][stage] = step
         return True
 
     def is_urgent(self, ready: Ready) -> bool:
         """Whether its message was overtaken by one that counts already though it depends on it: others may wait."""
-        for steps in (self._granted[ready.pipeline], self._open[ready.pipeline]):
-            if any(stage < ready.stage and steps[stage] > ready.step for stage in steps):
-                return True
-        return False
+        return max(self._newest[ready.pipeline][: ready.stage], default=-inf) > ready.step
 
     def answered(self, form: Form) -> list[Ready]:
         """The requests that count from now on."""
         released = []
         for pipeline in form.members:
-            step = self._open[pipeline].pop(form.stage, None)
-            if step is not None:
-                self._granted[pipeline][form.stage] = step
+            self._open[pipeline][form.stage] = inf
             early = self._early[pipeline]
-            if early:
-                for stage in list(early):
-                    ready = early.pop(stage)
-                    if self.counts(ready):
-                        released.append(ready)
+            for stage in list(early):
+                ready = early.pop(stage)
+                if self.counts(ready):
+                    released.append(ready)
         return released
 
     def left(self, pipeline: int) -> None:
-        for requests in (self._open, self._granted, self._early):
-            requests[pipeline].clear()
+        stages = len(self._open[pipeline])
+        self._open[pipeline], self._newest[pipeline] = [inf] * stages, [-inf] * stages
+        self._early[pipeline].clear()
 
 
 class _Partial:
@@ -346,10 +340,8 @@ class _Partial:
         never, group = self._job.rounds + 1, pool[:start]
         if not group:  # whoever has been without company for longest
             group = [min(pool, key=lambda pipeline: self._met[pipeline][pipeline])]
-        last_met = [0] * len(pool)  # with anyone of the group
-        for member in group:
-            row = self._met[member]
-            last_met = [max(before, row[other]) for before, other in zip(last_met, pool, strict=True)]
+        rows = [self._met[member] for member in group]
+        last_met = [max(row[other] for row in rows) for other in pool] if start else [rows[0][other] for other in pool]
         for member in group:
             last_met[pool.index(member)] = never
         while len(group) < size:
@@ -549,7 +541,9 @@ class GroupScheduler:
         self._job = _Job(rules, pipelines, stages)
         self._stages = [_Stage(number, hosts[number], set(self._live)) for number in range(stages)]
         self._lanes = [POLICIES[rules.policy](stage, self._job) for stage in self._stages]
-        self._order = _Order(pipelines) if rules.policy == "partial" and stages > 1 else None  # who holds needs it
+        self._order = (
+            _Order(pipelines, stages) if rules.policy == "partial" and stages > 1 else None
+        )  # who holds needs it
         self._deadlines: dict[int, float] = {}  # stage -> when its round closes at the latest
         self._asked_for: float | None = None
 

@@ -209,6 +209,8 @@ class Mesh:
             PeerLost: it did not answer before the deadline, or had nothing to give.
         """
         with self._lock:
+            if self._closed:
+                raise GroupBroken(self.pipeline)
             old = self._links.pop((pipeline, "state"), None)
             self._links[pipeline, "state"] = link = self._new_link(pipeline, address, once=True)
         end_all([old] if old else [], [])
@@ -276,12 +278,10 @@ class Mesh:
         return link is not None and link.is_cut
 
     def _link(self, peer: int, purpose: str) -> Link:
-        if self._mailbox.is_gone(peer) or self._closed:
-            raise GroupBroken(peer)
-        with self._lock:
+        with self._lock:  # so that whoever is lost from now on finds this link, and ends it
+            if self._closed or self._mailbox.is_gone(peer) or peer not in self._peers:
+                raise GroupBroken(peer)
             if (peer, purpose) not in self._links:
-                if peer not in self._peers:
-                    raise GroupBroken(peer)
                 self._links[peer, purpose] = self._new_link(peer, self._peers[peer])
             return self._links[peer, purpose]
 

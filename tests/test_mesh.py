@@ -298,6 +298,21 @@ def test_a_frozen_receiver_blocks_nobody_for_longer_than_it_lives() -> None:
         assert isinstance(got[0], GroupBroken) and got[0].pipeline == 1
 
 
+def test_a_loss_at_any_moment_of_connecting_and_sending_ends_the_average() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system connects; nobody ever answers
+        for moment in range(40):
+            with meshes(1) as (mesh,):
+                mesh.set_peers({0: mesh.address, 1: f"127.0.0.1:{silent.getsockname()[1]}"}, {}, 0)
+                pause = threading.Event()
+                got = at_once(
+                    {
+                        0: lambda m=mesh: m.average(torch.ones(10), (0, 1), 0),  # type: ignore[misc]
+                        9: lambda m=mesh, p=pause, n=moment: p.wait(n * 2e-5) or m.lost(1, 1),  # type: ignore[misc]
+                    }
+                )
+                assert isinstance(got[0], GroupBroken)
+
+
 def wait_until_sending(mesh: Mesh) -> None:
     deadline = monotonic() + PATIENCE_S
     while not any(link.in_use for link in mesh._links.values()):
