@@ -71,9 +71,20 @@ def job(net: TwoHosts, folder: Path, launcher: str, *options: str) -> Iterator[J
     (folder / "two.yml").write_text(CLUSTER)
     heturun = [sys.executable, "-m", "heturun", "-c", "two.yml", "-i", str(net.key), "--launcher", launcher, *options]
     heturun += ["--env", f"HURRY={folder / 'hurry'}"]
-    command = ["python3", str(ROOT / "tests" / "hurried.py"), "--preduce", "--emulate", "100,100,0.1", "--pipeline", "dp"]
+    command = ["python3", str(ROOT / "tests" / "hurried.py"), "--preduce", "--emulate", "100,100,0.1"]
     command += ["--placement", f"{folder / 'layouts.py'}:pair", "--heartbeat-timeout", str(HEARTBEAT_S)]
-    command += ["--batch-size", "1", "--max-steps", str(STEPS), "--epochs", "1", "--validate-every", "0"]
+    command += [
+        "--pipeline",
+        "dp",
+        "--batch-size",
+        "1",
+        "--max-steps",
+        str(STEPS),
+        "--epochs",
+        "1",
+        "--validate-every",
+        "0",
+    ]
     command += ["--disp-batches", "2", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
     process = net.run_in(
         "w0",
