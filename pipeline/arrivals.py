@@ -31,7 +31,7 @@ FIRST_WAIT_S = 0.002  # while nothing is known yet
 
 
 class Deadline(NamedTuple):
-    """When to close a round if nobody comes before, in seconds of the caller's clock, and why not later."""
+    """When to close a round if nobody comes before, in seconds of the caller's clock; if it is now, why not later."""
 
     time: float
     reason: str
@@ -232,7 +232,8 @@ class AdaptiveWait:
         comes, late, pipeline, _ = expected[0]
         if comes > end:
             return Deadline(min(end, now), f"pipeline {pipeline} is expected in {1e3 * (comes - now):.1f} ms only")
-        return Deadline(min(end, late), f"pipeline {pipeline} did not come in time")
+        end = min(end, late)
+        return Deadline(end, f"pipeline {pipeline} did not come in time" if end <= now else "")
 
 
 class HiddenWait(AdaptiveWait):

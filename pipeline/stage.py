@@ -7,6 +7,7 @@ update(lr)                            applies them to the newest weights
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -179,7 +180,9 @@ class Stage:
         self.weights = Weights(self.modules, exclude=frozenset(borrowed or {}))
         self._groups = _decay_groups(self.weights, self.options.decay_norm_and_bias)
         leaves = self.weights.newest.leaves
+        _spare_dynamo()
         self._optimizer = optimizer([group | {"params": [leaves[i] for i in group["slots"]]} for group in self._groups])
+        self._apply_gradients = partial(inspect.unwrap(type(self._optimizer).step), self._optimizer)
         self._optimizer_state: list[dict[str, Any]] = [{} for _ in leaves]
         self._leaves_of: dict[int, list[list[nn.Parameter]]] = {}
         self._adopt(self.weights.newest)
@@ -320,7 +323,8 @@ class Stage:
             leaf.grad = gradient
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        with torch.no_grad():
+            self._apply_gradients()
         for leaf in leaves:
             leaf.grad = None
         weights.forget_gradients()
@@ -468,6 +472,16 @@ def _prepared(block: BlockModule, options: StageOptions) -> BlockModule:
     if options.channels_last:
         module = module.to(memory_format=torch.channels_last)
     return BlockModule(block.index, block.prefix, module, block.random)
+
+
+def _spare_dynamo() -> None:
+    """Optimisers import torch's compiler to be left alone by it, which takes seconds; nobody compiles them here.
+
+    The mark is the one that torch itself leaves on a function that its compiler leaves alone; the same decorators
+    around `step` are not called at all.
+    """
+    add = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    add.__dict__.setdefault("__dynamo_disable", add)
 
 
 def _deferred(modules: Sequence[tuple[str, nn.Module]]) -> list[DeferredBatchNorm2d]:
