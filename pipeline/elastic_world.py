@@ -108,7 +108,7 @@ class ElasticWorld(World):
             policy="partial" if policy == "none" else policy,  # none: only ends of segments form groups
             max_group=settings.max_group,
             connect_within=settings.connect_within,
-            wait=settings.wait,
+            wait="hidden" if settings.overlap_sync and settings.wait == "adaptive" else settings.wait,
             seed=settings.seed,
             even=even,
             min_replicas=settings.min_replicas,

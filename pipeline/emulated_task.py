@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.actions import Op
 from pipeline.emulation import parse_emulate
 from pipeline.feed import Batch, Key
-from pipeline.models.emulated import Clock, SumOfShares, emulated_model, samples
+from pipeline.models.emulated import SumOfShares, emulated_model, samples
 from pipeline.seeding import mix
 from pipeline.settings import Settings
-from pipeline.training import Task
+from pipeline.straggler import Waiting
+from pipeline.training import Pace, Task
 from pipeline.waiting import ExactClock
 
 STEPS = 100  # updates of an epoch unless --max-steps says
@@ -43,7 +45,7 @@ class Numbers:
     size: int
 
 
-def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Clock | None = None) -> Task:
+def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Waiting | None = None) -> Task:
     """The task of a run with --emulate: an epoch is as many updates as --max-steps says, or 100.
 
     Raises:
@@ -52,9 +54,11 @@ def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Clo
     emulation = parse_emulate(settings.emulate or "")
     size = settings.batch_size * pipelines * settings.accumulate * (settings.max_steps or STEPS)
     rows = samples(size, mix(settings.seed))
+    pace = {Op.FORWARD: emulation.forward_ms / 1e3, Op.BACKWARD: emulation.backward_ms / 1e3}
     return Task(
-        model=emulated_model(stages, emulation, clock=clock or ExactClock()),
+        model=emulated_model(stages, emulation),
         criterion=SumOfShares(),
         train=Numbers(inputs=Rows(rows), targets=Rows(rows[:, 0]), size=size),
         val=None,
+        pace=Pace(pace, clock or ExactClock()),
     )

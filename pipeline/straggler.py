@@ -9,7 +9,7 @@ pause, and around every op that is to be made longer, the host waits for it, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,13 @@ class Clock(Protocol):
 
     def now(self) -> float: ...
     def wait(self, seconds: float) -> None: ...
+
+
+class Waiting(Protocol):
+    """Seconds, and waiting until so many."""
+
+    def now(self) -> float: ...
+    def wait_until(self, moment: float) -> None: ...
 
 
 def read_profile(text: str) -> Profile:
@@ -107,6 +114,22 @@ def slowed(handlers: Handlers, straggler: Straggler) -> Handlers:
 
 def _slowed(op: Op, handler: Callable[[int], object], straggler: Straggler) -> Callable[[int], object]:
     return lambda microbatch: straggler.carry_out(op, microbatch, handler)
+
+
+def paced(handlers: Handlers, pace: Mapping[Op, float], clock: Waiting) -> Handlers:
+    """The same handlers, with ops that last at least so many seconds: an emulated stage computes by waiting."""
+
+    def lasting(op: Op, seconds: float) -> Callable[[int], object]:
+        handler = handlers[op]
+
+        def act(microbatch: int) -> None:
+            end = clock.now() + seconds
+            handler(microbatch)
+            clock.wait_until(end)
+
+        return act
+
+    return handlers | {op: lasting(op, seconds) for op, seconds in pace.items()}
 
 
 def make_straggler(

@@ -8,7 +8,7 @@ interrupted, across epochs too. Every rank runs the same code; what it prints de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, time
@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import schedules
+from pipeline.actions import Op
 from pipeline.assemble import make_stage, tie_of
 from pipeline.calendar import Calendar
 from pipeline.errors import UserError
 from pipeline.executor import Executor, Hooks, Tie
 from pipeline.feed import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
-from pipeline.gpu_clock import GpuClock, cuda_clock
+from pipeline.gpu_clock import GpuClock, Handlers, cuda_clock
 from pipeline.hetero import Profile
 from pipeline.journal import Journal
 from pipeline.models.criterion import Criterion
@@ -36,7 +37,7 @@ from pipeline.schedules import Schedule, Shape, find_schedule
 from pipeline.settings import Settings, option
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
-from pipeline.straggler import make_straggler, slowed
+from pipeline.straggler import Straggler, Waiting, make_straggler, paced, slowed
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.trace import Recorder, shift
 from pipeline.transport.protocol import Transport
@@ -52,6 +53,13 @@ def _nothing() -> None:
     return None
 
 
+def _slowed_down(handlers: Handlers, *, pace: Pace | None, straggler: Straggler | None) -> Handlers:
+    """The handlers of training as an emulation and a simulated straggler make them last."""
+    if pace is not None:
+        handlers = paced(handlers, pace.seconds, pace.clock)
+    return handlers if straggler is None else slowed(handlers, straggler)
+
+
 class Split(Protocol):
     """What `datasets` gives to train or validate on: inputs and targets apart, so that a stage reads only its own."""
 
@@ -63,14 +71,23 @@ class Split(Protocol):
     def size(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long forwards and backwards last at least, in seconds, by whose clock: an emulation."""
+
+    seconds: Mapping[Op, float]
+    clock: Waiting
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained on what: the model as blocks, its loss, and the data."""
+    """What is trained on what: the model as blocks, its loss, and the data; and how fast, if it is emulated."""
 
     model: LayeredModel
     criterion: Criterion
     train: Split
     val: Split | None
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +216,7 @@ class Trainer:
             hooks=self.hooks,
             reducer=self.reducer,
             tie=self.plan.tie,
-            wrap=None if straggler is None else partial(slowed, straggler=straggler),
+            wrap=partial(_slowed_down, pace=self.task.pace, straggler=straggler),
             clock=self.clock,
             **more,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
+from collections.abc import Callable
 from pathlib import Path
 from pipes import Job, Unsplit, assert_equal, run_threads
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import losses, tiny_settings
 
+from pipeline.actions import Op
 from pipeline.emulated_task import make_emulated
 from pipeline.emulation import Emulation, parse_emulate
 from pipeline.errors import UserError
@@ -22,8 +23,8 @@ from pipeline.models.layered import build_blocks
 from pipeline.partition import cut_points, needs_profile
 from pipeline.settings import Settings
 from pipeline.stage import StageOptions
+from pipeline.straggler import paced
 from pipeline.transport.local import local_transports
-from pipeline.waiting import ExactClock
 from pipeline.world import join_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +43,9 @@ class Watch:
         self.time_s = max(self.time_s, moment)
 
 
-def block(emulation: Emulation, clock: Any) -> EmulatedBlock:
+def block(emulation: Emulation) -> EmulatedBlock:
     torch.manual_seed(0)
-    return EmulatedBlock(emulation, clock)
+    return EmulatedBlock(emulation)
 
 
 def batch(microbatch: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -52,8 +53,8 @@ def batch(microbatch: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor
     return (rows,), (rows[:, 0],)
 
 
-def emulated_job(stages: int, schedule: str, *, clock: Any = None, **options: Any) -> Job:
-    model = emulated_model(stages, Emulation(0.5, 1.0, 0.01), clock=clock or Watch())
+def emulated_job(stages: int, schedule: str, **options: Any) -> Job:
+    model = emulated_model(stages, Emulation(0.5, 1.0, 0.01))
     return Job(
         model=model, counts=(1,) * stages, schedule=schedule, criterion=SumOfShares(), batch=batch, **options
     )  # fmt: skip
@@ -77,27 +78,34 @@ def test_compiling_and_waiting_exclude_each_other() -> None:
         Settings(emulate="2,3", compile=True)
 
 
-def test_a_block_waits_for_its_forward_and_its_backward() -> None:
-    watch = Watch()
-    module = block(Emulation(2.0, 3.0, 0.01), watch)
-    y = module(samples(4, 0))
-    assert watch.time_s == pytest.approx(0.002)
-    y[:, 1].sum().backward()
-    assert watch.time_s == pytest.approx(0.005)
+def test_ops_last_as_long_as_they_should_and_others_are_left_alone() -> None:
+    watch, done = Watch(), []
+
+    def handler(op: Op) -> Callable[[int], None]:
+        return lambda microbatch: done.append((op, microbatch))
+
+    ops = (Op.FORWARD, Op.BACKWARD, Op.UPDATE)
+    handlers = paced({op: handler(op) for op in ops}, {Op.FORWARD: 0.002, Op.BACKWARD: 0.003}, watch)
+    times = []
+    for op in ops:
+        handlers[op](7)
+        times.append(watch.time_s)
+    assert times == [pytest.approx(0.002), pytest.approx(0.005), pytest.approx(0.005)]
+    assert done == [(op, 7) for op in ops]
 
 
 def test_the_arithmetic_is_part_of_the_time() -> None:
-    module = block(Emulation(20.0, 30.0, 1.0), ExactClock())
-    start = time.perf_counter()
-    y = module(samples(4, 0))
-    middle = time.perf_counter()
-    y[:, 1].sum().backward()
-    end = time.perf_counter()
-    assert 0.020 <= middle - start < 0.120 and 0.030 <= end - middle < 0.130
+    watch = Watch()
+
+    def compute(microbatch: int) -> None:
+        watch.time_s += 0.0015
+
+    paced({Op.FORWARD: compute}, {Op.FORWARD: 0.002}, watch)[Op.FORWARD](0)
+    assert watch.time_s == pytest.approx(0.002)
 
 
 def test_the_gradient_is_that_of_the_summed_squares() -> None:
-    module = block(Emulation(0, 0, 0.001), Watch())
+    module = block(Emulation(0, 0, 0.001))
     x = samples(8, 1).requires_grad_()
     y = module(x)
     assert torch.equal(y[:, 0], x[:, 0])
@@ -111,12 +119,12 @@ def test_the_gradient_is_that_of_the_summed_squares() -> None:
 
 @pytest.mark.parametrize("megabytes", [0.001, 1.0, 3.0])
 def test_weights_are_as_large_as_asked(megabytes: float) -> None:
-    (module,) = build_blocks(emulated_model(1, Emulation(0, 0, megabytes), clock=Watch()), 0, 1, 0)
+    (module,) = build_blocks(emulated_model(1, Emulation(0, 0, megabytes)), 0, 1, 0)
     assert sum(parameter.nbytes for parameter in module.parameters()) == megabytes * 1e6
 
 
 def test_a_model_travels_to_other_processes_and_is_cut_one_block_a_stage() -> None:
-    model = pickle.loads(pickle.dumps(emulated_model(4, Emulation(1, 2, 0.01), clock=ExactClock())))
+    model = pickle.loads(pickle.dumps(emulated_model(4, Emulation(1, 2, 0.01))))
     assert not needs_profile(model, None, (1, 1, 1, 1))
     assert cut_points(model, None, (1, 1, 1, 1)) == (1, 1, 1, 1)
     modules = build_blocks(model, 1, 3, 5)
@@ -137,15 +145,8 @@ def test_options_of_a_stage_work(options: StageOptions) -> None:
     assert len(executors) == 2 and all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_stages_as_threads_wait_side_by_side() -> None:
-    job = emulated_job(4, "gpipe", microbatches=8, batches=2, clock=ExactClock())
-    executors, _ = run_threads(job, local_transports(4, timeout_s=60))
-    for executor in executors:
-        assert executor.busy_s >= 16 * 1.5e-3
-
-
 def test_replicas_that_see_other_samples_drift_apart() -> None:
-    modules = [block(Emulation(0, 0, 0.01), Watch()) for _ in range(2)]
+    modules = [block(Emulation(0, 0, 0.01)) for _ in range(2)]
     for number, module in enumerate(modules):
         module(samples(4, number))[:, 1].mean().backward()
     first, second = (module.weight.grad for module in modules)

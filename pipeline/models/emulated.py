@@ -5,14 +5,14 @@
 One block per stage. A sample is one number x, and what a block with weights w adds to the loss is half the mean over
 its weights of (w - x)^2, so the loss falls as the weights approach the mean of the samples. The gradient is that of the
 sum, w - x, which moves weights at the same pace however many there are. Replicas see other samples: they drift apart,
-and averaging brings them together. This arithmetic takes a fraction of a millisecond, within the time that is waited.
+and averaging brings them together. This arithmetic takes a fraction of a millisecond, within the time that an op lasts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,48 +24,35 @@ from pipeline.models.layered import Block, LayeredModel, Tensors
 SPREAD = 0.5  # standard deviation of the samples
 
 
-class Clock(Protocol):
-    """Seconds, and waiting until so many; sent to other processes with the model."""
-
-    def now(self) -> float: ...
-    def wait_until(self, moment: float) -> None: ...
-
-
 class _Share(torch.autograd.Function):
-    """What a block does, with its waiting."""
+    """What a block does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation, clock: Clock) -> Tensor:
-        end = clock.now() + emulation.forward_ms / 1e3
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         number, so_far = x.unbind(1)  # (batch,) each
         square = torch.dot(weight, weight) / len(weight)
         share = number * (number / 2 - weight.mean()) + square / 2
         y = torch.stack((number, so_far + share), 1)
         ctx.save_for_backward(number, weight)
-        ctx.emulation, ctx.clock = emulation, clock
-        clock.wait_until(end)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        end = ctx.clock.now() + ctx.emulation.backward_ms / 1e3
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         number, weight = ctx.saved_tensors
         pull = gradient[:, 1]  # how much each sample's share counts in the loss
         of_weight = torch.add(-torch.dot(pull, number), weight, alpha=float(pull.sum()))
-        ctx.clock.wait_until(end)
-        return gradient if ctx.needs_input_grad[0] else None, of_weight, None, None
+        return gradient if ctx.needs_input_grad[0] else None, of_weight
 
 
 class EmulatedBlock(nn.Module):
-    """Waits for forward and backward; (batch, 2) -> (batch, 2)."""
+    """(batch, 2) -> (batch, 2)."""
 
-    def __init__(self, emulation: Emulation, clock: Clock) -> None:
+    def __init__(self, emulation: Emulation) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(max(1, round(emulation.param_mb * 1e6 / 4))))
-        self._emulation, self._clock = emulation, clock
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Share.apply(x, self.weight, self._emulation, self._clock)
+        y: Tensor = _Share.apply(x, self.weight)
         return y
 
 
@@ -91,13 +78,9 @@ class SumOfShares:
         return {"loss": sums["loss"] / max(sums["samples"], 1)}
 
 
-def emulated_model(stages: int, emulation: Emulation, *, clock: Clock) -> LayeredModel:
-    """One block per stage, each of `emulation`'s times and size.
-
-    Args:
-        clock: tells the time and waits; `pipeline.waiting.ExactClock`, or a made-up one in tests.
-    """
-    build = partial(EmulatedBlock, emulation, clock)
+def emulated_model(stages: int, emulation: Emulation) -> LayeredModel:
+    """One block per stage, each of `emulation`'s size; `straggler.paced` makes its ops last as long as they should."""
+    build = partial(EmulatedBlock, emulation)
     blocks = tuple(Block(f"stage{stage}", f"stage{stage}.", build) for stage in range(stages))
     return LayeredModel("emulated", blocks, 0, 0, _sample, reference_cut=(1,) * stages)
 

@@ -22,12 +22,13 @@ from pipeline.draw import draw
 from pipeline.flows import Dialogue, locate, swap, unless_broken
 from pipeline.sync.averaging import group_mean
 from pipeline.sync.protocol import Stateless
+from pipeline.topology import sides
 
 
 def passive_neighbours(live: Sequence[int], pipeline: int) -> tuple[int, ...]:
     """Whom this pipeline may ask: every second of the live ones; nobody, when it is passive itself or not alive."""
-    place = sorted(live).index(pipeline) if pipeline in live else 1
-    return tuple(sorted(live)[1::2]) if place % 2 == 0 else ()
+    active, passive = sides(live)
+    return passive if pipeline in active else ()
 
 
 def correction(mine: Tensor, theirs: Tensor) -> Tensor:
