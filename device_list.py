@@ -40,6 +40,7 @@ pipe_16_4 = [[rgpu(f"w{host}", first + stage) for host in range(8) for first in 
 # CPUs of one machine, for trying things out: local_SxP has S stages and P pipelines.
 local_1x1 = [[cpu(0)]]
 local_1x2 = [[cpu(0), cpu(1)]]
+local_1x3 = [[cpu(0), cpu(1), cpu(2)]]
 local_1x4 = [[cpu(0), cpu(1), cpu(2), cpu(3)]]
 local_2x1 = [[cpu(0)], [cpu(1)]]
 local_2x2 = [[cpu(0), cpu(2)], [cpu(1), cpu(3)]]

@@ -309,9 +309,9 @@ class ElasticTrainer(Trainer):
         ticket = self.ticket = self._ticket_of(microbatch)
         for batch in range(self._counted, k + 1):
             self.samples += self.common.batch_length(self._ticket_of(batch * self.plan.microbatches))
+            if self.position == 0:
+                self.world.client.done(batch)
         self._counted = k + 1
-        if self.position == 0:
-            self.world.client.done(k)
         self.world.diary.note("update", k=k, ticket=ticket, mixed=self.world.stats.mixed)
         self.probe.updated(self.stage.updates)
         if self.journal is not None:

@@ -1,6 +1,6 @@
 """Seeded chaos under every synchroniser: workers killed and frozen at random, and all must come right in the end.
 
-HETURUN_CHAOS_S is how long each job trains on an idle machine (6; give 60 for a thorough run); HETURUN_CHAOS_SEED draws
+HETURUN_CHAOS_S is how long each job trains on an idle machine (4; give 60 for a thorough run); HETURUN_CHAOS_SEED draws
 other faults (0). One synchroniser is tried with two stages, the others with one.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from faulty_jobs import HEARTBEAT_S, FaultyJob, agreed, same_bits, tiny_job
 
-LENGTH_S = float(os.environ.get("HETURUN_CHAOS_S", "6"))
+LENGTH_S = float(os.environ.get("HETURUN_CHAOS_S", "4"))
 SEED = int(os.environ.get("HETURUN_CHAOS_SEED", "0"))
 EPOCHS = 3
 CALM_S = 1.0  # a pipeline all of whose stages made an update since then is well

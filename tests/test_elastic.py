@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_jobs import assert_close, final, heturun, launchers
 from tiny import losses
 
@@ -26,21 +25,22 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("launcher", launchers())
-def test_local_sgd_with_an_average_after_every_step_equals_all_reduce(tmp_path: Path, launcher: str) -> None:
+def test_local_sgd_with_an_average_after_every_step_equals_all_reduce(tmp_path: Path) -> None:
     options: dict[str, Any] = {"task": {"train_size": 48}, "momentum": 0.0, "batch_size": 8, "partition": "4,4"}
     local = {"local_sgd": True, "local_steps": 1, "checkpoint": str(tmp_path / "a")}
-    heturun(tmp_path / "local", "local_2x2", launcher=launcher, **local, **options)
-    heturun(tmp_path / "all", "local_2x2", launcher=launcher, checkpoint=str(tmp_path / "b"), **options)
+    heturun(tmp_path / "local", "local_2x2", launcher=launchers()[0], **local, **options)
+    heturun(tmp_path / "all", "local_2x2", launcher=launchers()[0], checkpoint=str(tmp_path / "b"), **options)
     one, two = final(tmp_path / "a"), final(tmp_path / "b")
     assert_close({k: v for k, v in one.items() if k.startswith("model.")}, two, 1e-6)
 
 
 @pytest.mark.parametrize("name", SYNCHRONISERS)
 def test_every_sample_is_seen_once_an_epoch_and_the_loss_falls(tmp_path: Path, name: str) -> None:
-    options: dict[str, Any] = {"task": {"train_size": 90, "batchnorm": True}, "epochs": 4, "pipeline": "pipedream"}
-    options |= {"microbatches": None, "partition": "4,4", "sync_buffers": True, "learning_rate": 0.02}
-    heturun(tmp_path, "local_2x2", metrics=str(tmp_path / "m.jsonl"), **options, **SYNCHRONISERS[name])
+    stages = 2 if name in ("preduce", "adpsgd") else 1
+    options: dict[str, Any] = {"task": {"train_size": 90, "batchnorm": True}, "epochs": 4, "microbatches": None}
+    options |= {"partition": "4,4", "pipeline": "pipedream"} if stages == 2 else {"pipeline": "dp"}
+    options |= {"sync_buffers": True, "learning_rate": 0.02, "metrics": str(tmp_path / "m.jsonl")}
+    heturun(tmp_path, f"local_{stages}x2", launcher="local", **options, **SYNCHRONISERS[name])
     events = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [event["samples"] for event in events if event["event"] == "train"] == [90.0] * 4
     assert [event["samples"] for event in events if event["event"] == "validation"] == [21.0] * 4
@@ -53,23 +53,20 @@ def test_every_sample_is_seen_once_an_epoch_and_the_loss_falls(tmp_path: Path, n
 
 def test_a_job_without_pipelining_mixes_whole_models(tmp_path: Path) -> None:
     options: dict[str, Any] = {"pipeline": "dp", "microbatches": None, "preduce": True, "accumulate": 2}
-    heturun(tmp_path, "local_1x4", task={"train_size": 120}, **options)
+    heturun(tmp_path, "local_1x3", launcher="local", task={"train_size": 120}, **options)
     ranks = summary(tmp_path)["ranks"]
-    assert len(ranks) == 4 and sum(rank["samples"] for rank in ranks) == 240
+    assert len(ranks) == 3 and sum(rank["samples"] for rank in ranks) == 240
 
 
 def test_a_checkpoint_of_an_elastic_job_resumes_as_one_stage(tmp_path: Path) -> None:
     begun = str(tmp_path / "ck")
     options: dict[str, Any] = {"task": {"train_size": 64}, "batch_size": 8, "checkpoint": begun}
     heturun(tmp_path / "one", "local_2x2", preduce=True, max_steps=4, partition="4,4", **options)
-    heturun(tmp_path / "two", "local_1x2", local_sgd=True, resume="", pipeline="1f1b", **options)
+    heturun(tmp_path / "two", "local_1x2", launcher="local", local_sgd=True, resume="", pipeline="1f1b", **options)
     assert len(losses(tmp_path / "two")) > len(losses(tmp_path / "one"))
 
 
 def test_all_workers_as_threads_of_one_process(tmp_path: Path) -> None:
     options: dict[str, Any] = {"partition": "4,4", "task": {"train_size": 64}, "momentum": 0.0, "epochs": 1}
-    heturun(tmp_path / "threads", "local_2x2", launcher="threads", **options)
-    heturun(tmp_path / "processes", "local_2x2", launcher="local", **options)
-    one, two = summary(tmp_path / "threads")["curve"][-1][1], summary(tmp_path / "processes")["curve"][-1][1]
-    assert torch.isfinite(torch.tensor(one)) and torch.isfinite(torch.tensor(two))
-    assert len(summary(tmp_path / "threads")["ranks"]) == 4
+    heturun(tmp_path, "local_2x2", launcher="threads", **options)
+    assert len(summary(tmp_path)["ranks"]) == 4 and all(loss < 10 for loss in losses(tmp_path))
