@@ -1,5 +1,6 @@
 # make train   sets up .venv and trains a ResNet on handwritten digits: 2 pipelines x 2 stages on this machine
 # make test    sets up .venv and runs the tests
+# make test-all   and the long ones among them: a minute of chaos under every synchroniser, and more
 # make check   formatting, lint, types
 # make bench   the benchmarks of docs/benchmarks.md
 # make clean   removes .venv and caches; results (runs, out, checkpoints) stay
@@ -16,7 +17,7 @@ TEST_ARGS ?=
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test check bench clean env host
+.PHONY: train test test-all check bench clean env host
 .DELETE_ON_ERROR:
 
 train: env
@@ -24,6 +25,10 @@ train: env
 
 test: env host
 	python3 -m pytest $(TEST_ARGS)
+
+test-all: export HETURUN_THOROUGH = 1
+test-all: export HETURUN_CHAOS_S ?= 60
+test-all: test
 
 check: env
 	ruff format --check .

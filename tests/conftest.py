@@ -9,6 +9,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The whole of a family of long tests, of which `make test` runs some: make test-all sets it.
+thorough = pytest.mark.skipif("HETURUN_THOROUGH" not in os.environ, reason="long; HETURUN_THOROUGH=1 runs it")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

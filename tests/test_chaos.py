@@ -1,7 +1,7 @@
 """Seeded chaos under every synchroniser: workers killed and frozen at random, and all must come right in the end.
 
 HETURUN_CHAOS_S is how long each job trains on an idle machine (4; give 60 for a thorough run); HETURUN_CHAOS_SEED draws
-other faults (0). One synchroniser is tried with two stages, the others with one.
+other faults (0). One synchroniser is tried with two stages, the others, which are long tests, with one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from conftest import thorough
 from faulty_jobs import HEARTBEAT_S, FaultyJob, agreed, same_bits, tiny_job
 
 LENGTH_S = float(os.environ.get("HETURUN_CHAOS_S", "4"))
@@ -71,7 +72,7 @@ class Chaos:
         return self.job.process.poll() is None
 
 
-@pytest.mark.parametrize("name", SYNCHRONISERS)
+@pytest.mark.parametrize("name", ["preduce", *(pytest.param(name, marks=thorough) for name in [*SYNCHRONISERS][1:])])
 def test_chaos(tmp_path: Path, name: str) -> None:
     stages = 2 if name == "preduce" else 1
     options = {"stages": stages, "pipelines": 3, "restarts": 9, "epochs": EPOCHS, "epoch_s": LENGTH_S / EPOCHS}

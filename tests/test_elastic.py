@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_jobs import assert_close, final, heturun, launchers
+from conftest import thorough
+from test_jobs import assert_close, final, heturun
 from tiny import losses
 
 SYNCHRONISERS: dict[str, dict[str, Any]] = {
@@ -26,15 +27,17 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def test_local_sgd_with_an_average_after_every_step_equals_all_reduce(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"task": {"train_size": 48}, "momentum": 0.0, "batch_size": 8, "partition": "4,4"}
+    options: dict[str, Any] = {"task": {"train_size": 48}, "momentum": 0.0, "batch_size": 8, "pipeline": "1f1b"}
     local = {"local_sgd": True, "local_steps": 1, "checkpoint": str(tmp_path / "a")}
-    heturun(tmp_path / "local", "local_2x2", launcher=launchers()[0], **local, **options)
-    heturun(tmp_path / "all", "local_2x2", launcher=launchers()[0], checkpoint=str(tmp_path / "b"), **options)
+    heturun(tmp_path / "local", "local_1x2", launcher="local", **local, **options)
+    heturun(tmp_path / "all", "local_1x2", launcher="local", checkpoint=str(tmp_path / "b"), **options)
     one, two = final(tmp_path / "a"), final(tmp_path / "b")
     assert_close({k: v for k, v in one.items() if k.startswith("model.")}, two, 1e-6)
 
 
-@pytest.mark.parametrize("name", SYNCHRONISERS)
+@pytest.mark.parametrize(
+    "name", ["preduce", *(pytest.param(name, marks=thorough) for name in SYNCHRONISERS if name != "preduce")]
+)
 def test_every_sample_is_seen_once_an_epoch_and_the_loss_falls(tmp_path: Path, name: str) -> None:
     stages = 2 if name in ("preduce", "adpsgd") else 1
     options: dict[str, Any] = {"task": {"train_size": 90, "batchnorm": True}, "epochs": 4, "microbatches": None}

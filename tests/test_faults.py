@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+from conftest import thorough
 from faulty_jobs import agreed, same_bits, tiny_job
 
 from heturun.elastic import END_S, Fleet, GiveUp, Rules
@@ -43,6 +44,7 @@ def test_a_job_that_has_lost_all_replicas_says_so_and_names_the_last_checkpoint(
         assert not job.processes()
 
 
+@thorough
 def test_fewer_pipelines_than_asked_for_are_an_error(tmp_path: Path) -> None:
     with tiny_job(tmp_path, pipelines=2, epoch_s=LONG_S, adpsgd=True, min_replicas=2) as job:
         job.wait_for_updates(5, within_s=PATIENCE_S)
@@ -84,6 +86,7 @@ def test_a_frozen_worker_is_dropped_and_rejoins_when_it_goes_on(tmp_path: Path) 
         assert same_bits(job) == copies + 2
 
 
+@thorough
 def test_a_worker_may_die_in_the_final_average_and_another_in_the_validation(tmp_path: Path) -> None:
     fates = {1: "final", 2: "validation"}
     with tiny_job(tmp_path, epochs=2, epoch_s=1.5, fates=fates, local_sgd=True) as job:
@@ -95,6 +98,7 @@ def test_a_worker_may_die_in_the_final_average_and_another_in_the_validation(tmp
         assert not job.processes()
 
 
+@thorough
 def test_a_pipeline_that_starts_again_copies_another_replica_when_its_giver_dies(tmp_path: Path) -> None:
     fates = {0: "giving"}  # the first to be asked, or never
     with tiny_job(tmp_path, epoch_s=LONG_S, fates=fates, restarts=2, preduce=True) as job:

