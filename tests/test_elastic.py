@@ -61,6 +61,7 @@ def test_a_job_without_pipelining_mixes_whole_models(tmp_path: Path) -> None:
     assert len(ranks) == 3 and sum(rank["samples"] for rank in ranks) == 240
 
 
+@thorough
 def test_a_checkpoint_of_an_elastic_job_resumes_as_one_stage(tmp_path: Path) -> None:
     begun = str(tmp_path / "ck")
     options: dict[str, Any] = {"task": {"train_size": 64}, "batch_size": 8, "checkpoint": begun}
