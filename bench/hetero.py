@@ -1,7 +1,7 @@
 """How much a slow replica costs, per way of keeping replicas together, against the least possible time.
 
     python bench/hetero.py                          all ways, one of four replicas 1, 2 and 5 times slower
-    python bench/hetero.py --rounds 9 --output docs/hetero.md
+    python bench/hetero.py --rounds 9 --output table.md
     python bench/hetero.py --ways "preduce, overlapped" --factors 5
 
 Replicas are processes of their own under heturun with the real coordinator and transport; only their arithmetic is
