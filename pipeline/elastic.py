@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import schedules
 from pipeline.consensus import ConsensusProbe
 from pipeline.coordination import JobOver
 from pipeline.elastic_world import ElasticWorld
@@ -61,7 +60,6 @@ class ElasticTrainer(Trainer):
         )
         self.common = _common_plan(plan, task)
         super().__init__(plan, task, world, transport, profile)
-        self.segments = self._make_segments()
         self.segment, self.k = 0, 0
         self.ticket = 0  # the last one that was begun here
         self._counted = 0  # batches whose samples are counted
@@ -76,14 +74,6 @@ class ElasticTrainer(Trainer):
             tell=self._tell_distance,
         )
         world.mesh.serve_state(self._provide)
-
-    def _make_segments(self) -> Segments:
-        return Segments(
-            calendar=self.calendar,
-            pipelines=self.world.num_pipelines,
-            tickets_per_epoch=self.common.batches_per_epoch,
-            start=self.batches,
-        )
 
     # --- what is built differently
 
@@ -117,8 +107,7 @@ class ElasticTrainer(Trainer):
 
     def curve(self) -> list[tuple[float, float]]:
         """Of whoever speaks, thinned if it is long."""
-        speaks = self.journal is not None and self.world.pipeline == min(self.world.client.live, default=-1)
-        whole = super().curve() if speaks else []
+        whole = super().curve() if self.journal is not None and self._speaks() else []
         return whole[:: -(-len(whole) // MOST_POINTS) or 1]
 
     def _make_executor(self, **more: Any) -> Executor:
@@ -136,8 +125,12 @@ class ElasticTrainer(Trainer):
         rate = self._last_rate
         if not sync.blocking:
             return OverlappedMixer(vector, sync, link, guard=self.guard, rate=rate)
-        after = self.stage.reset_momentum if settings.sync_momentum == "reset" else _nothing
+        after = self.stage.reset_momentum if settings.sync_momentum == "reset" else (lambda: None)
         return BlockingMixer(vector, sync, link, guard=self.guard, rate=rate, after=after)
+
+    def _speaks(self) -> bool:
+        """Whether this pipeline's last stage logs for all: that of the lowest one that is live."""
+        return self.world.pipeline == min(self.world.client.live, default=-1)
 
     def _last_rate(self) -> float:
         return self._rate_now
@@ -147,7 +140,7 @@ class ElasticTrainer(Trainer):
         return ElasticJournal(
             self.settings,
             self.calendar,
-            speaks=lambda: world.pipeline == min(world.client.live, default=-1),
+            speaks=self._speaks,
             pipelines=1,
             rate=self.rate,
             sum_over_pipelines=world.sum_over_pipelines,
@@ -163,7 +156,12 @@ class ElasticTrainer(Trainer):
     # --- running
 
     def run(self) -> None:
-        self.segments = self._make_segments()
+        self.segments = Segments(
+            calendar=self.calendar,
+            pipelines=self.world.num_pipelines,
+            tickets_per_epoch=self.common.batches_per_epoch,
+            start=self.batches,
+        )
         if self.journal is not None:
             self.journal.begin(self.batches)
         try:
@@ -250,10 +248,7 @@ class ElasticTrainer(Trainer):
         started = perf_counter()
         self._supply_data()
         feed = TicketFeed(self.book, self.k, self.plan.microbatches)
-        self.executor.run(schedules.program(self.plan.schedule, self.plan.shape, self.position, feed))
-        self.transport.flush()
-        if self.clock is not None:
-            self.clock.settle()
+        self._carry_out(feed)
         assert self.book.end is not None
         self.seconds += perf_counter() - started
         self.k = self.book.end
@@ -389,10 +384,6 @@ class ElasticTrainer(Trainer):
 
 def _of_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("sync.")}
-
-
-def _nothing() -> None:
-    return None
 
 
 def _common_plan(plan: RunPlan, task: Task) -> Plan:

@@ -32,7 +32,7 @@ from pipeline.mesh import Mesh
 from pipeline.mixer import Link, MixStats
 from pipeline.settings import Settings
 from pipeline.sync import make_synchroniser
-from pipeline.world import World
+from pipeline.world import World, add_rows
 
 T = TypeVar("T")
 
@@ -201,8 +201,7 @@ class ElasticWorld(World):
             rows = self.gather("sums", sums, scope="last").values()
         except (Fenced, CoordinatorLost, TooFewReplicas):
             return dict(sums)
-        keys = dict.fromkeys(key for row in rows for key in row)
-        return {key: float(sum(row.get(key, 0.0) for row in rows)) for key in keys}
+        return add_rows(rows)
 
     def from_last_stage(self, value: T) -> T:
         if self.num_stages == 1:

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from pipeline.coordination import Client
 from pipeline.coordination import Group as Answered
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
+from pipeline.executor import NoMixer
 from pipeline.flows import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
 from pipeline.mesh import Mesh
 from pipeline.sync import Synchroniser
@@ -142,16 +143,6 @@ class Conversation:
         except (GroupBroken, *HARMLESS):  # the dialogue has no answer to it: weights stay as they are
             self.result = None
         return None
-
-
-class Guarded(Protocol):
-    """What all mixers share with the training loop."""
-
-    def drain(self) -> None:
-        """No mixing is under way when it returns, and every correction is in the weights; the next update goes on."""
-
-    def close(self) -> None:
-        """Ends whatever runs in the background."""
 
 
 class BlockingMixer:
@@ -410,19 +401,10 @@ class AsynchronousMixer:
                 self._add(result.sub_(mine))
 
 
-class NothingToMix:
+class NothingToMix(NoMixer):
     """Replicas that share gradients (all-reduce) have nothing to mix."""
 
     step = 0
-
-    def request(self) -> None:
-        return None
-
-    def wait(self) -> None:
-        return None
-
-    def mix(self) -> None:
-        return None
 
     def drain(self) -> None:
         return None

@@ -8,7 +8,7 @@ interrupted, across epochs too. Every rank runs the same code; what it prints de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, time
@@ -295,13 +295,17 @@ class Trainer:
     def _run_to(self, stop: int) -> None:
         microbatches, started = self.plan.microbatches, perf_counter()
         feed = range(self.batches * microbatches, stop * microbatches)
+        self._carry_out(feed)
+        self.seconds += perf_counter() - started
+        self.samples += sum(self.data.batch_length(batch) for batch in range(self.batches, stop))
+        self.batches = stop
+
+    def _carry_out(self, feed: Iterable[int]) -> None:
+        """Trains on these micro-batches; returns when the pipe is empty and everything has left."""
         self.executor.run(schedules.program(self.plan.schedule, self.plan.shape, self.position, feed))
         self.transport.flush()
         if self.clock is not None:
             self.clock.settle()
-        self.seconds += perf_counter() - started
-        self.samples += sum(self.data.batch_length(batch) for batch in range(self.batches, stop))
-        self.batches = stop
 
     def _updated(self, microbatch: int) -> None:
         """After every update, on every rank."""

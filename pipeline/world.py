@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,6 +124,12 @@ def _own_cores() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
+
+
+def add_rows(rows: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of each value over the rows; a missing key counts as 0."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: float(sum(row.get(key, 0.0) for row in rows)) for key in keys}
 
 
 class World:
@@ -302,8 +308,7 @@ class World:
         rows: list[Any] = [None] * self.num_pipelines
         with self._waiting("adding up metrics", ranks):
             dist.all_gather_object(rows, sums, group=self.last_row())
-        keys = dict.fromkeys(key for row in rows for key in row)
-        return {key: float(sum(row.get(key, 0.0) for row in rows)) for key in keys}
+        return add_rows(rows)
 
     def from_last_stage(self, value: T) -> T:
         """The last stage's `value`; called by all stages of a pipeline."""

@@ -37,6 +37,7 @@ BRIEF_BYTES = 256 << 10  # the receive after such a message is posted after the 
 POSTED_AHEAD = "AG"  # channels of which the next message is always expected
 ACKNOWLEDGE_EVERY = 4  # messages from a peer
 MOST_PENDING = 1024  # messages on one channel that nobody acknowledges; the next send waits for the oldest
+# micro-batch + 1, numbers described or -1, place on the channel, messages received on each of the peer's channels
 _HEADER = struct.Struct(f"<{3 + len(CHANNELS)}q")
 _ALIGNED = 64
 _EMPTY = bytes(8)
@@ -355,7 +356,9 @@ class TorchTransport:
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            waited_s, why = time.monotonic() - start, str(error).splitlines()[0]
+            # at most the deadline: on a busy machine this thread may learn of it a little later
+            waited_s = min(time.monotonic() - start, self._timeout.total_seconds())
+            why = str(error).splitlines()[0]
             raise self._who.lost(inbox.peer, inbox.channel, microbatch, waited_s, why) from error
 
     def close(self) -> None:
