@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil
+from statistics import fmean
 
 REMEMBERED = 8  # times per batch, of each pipeline
+ENOUGH = 4  # of them show that it is fast: two batches whose news came together seem to have taken no time
 CLEARLY = 0.9  # the others are sooner if they need less than this part of the time
 
 
@@ -31,7 +33,7 @@ class _Share:
     own: deque[int] = field(default_factory=deque)  # reserved for it (even shares)
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     last_done: float | None = None
-    batch_s: float | None = None  # typical time from one batch to the next
+    batch_s: float | None = None  # mean time from one batch to the next
 
     @property
     def open(self) -> bool:
@@ -40,7 +42,7 @@ class _Share:
     def learn(self, now: float) -> None:
         if self.last_done is not None:
             self.recent_s.append(max(now - self.last_done, 1e-9))
-            self.batch_s = sorted(self.recent_s)[(len(self.recent_s) - 1) // 2]
+            self.batch_s = fmean(self.recent_s)
         self.last_done = now
 
 
@@ -134,7 +136,7 @@ class Shares:
         time_s = CLEARLY * (len(share.under_way) + 1) * share.batch_s
         left = self._left()
         for other in self._shares:
-            if other is not share and other.open and other.batch_s is not None:
+            if other is not share and other.open and other.batch_s is not None and len(other.recent_s) >= ENOUGH:
                 done = ceil(time_s / other.batch_s) - 1  # strictly before
                 left -= max(0, done - len(other.under_way))
                 if left <= 0:
