@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -155,6 +156,8 @@ class Client:
         self._closed = False
         self._ended = False  # the thread
         self._giver: int | None = None
+        self._granted: dict[tuple[int, int], int] = {}  # (segment, k) -> ticket, not asked for yet
+        self._done: int | None = None  # the last batch that is through, if the coordinator is not told yet
         self._wake_end, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         self._context = zmq.Context()
@@ -192,12 +195,19 @@ class Client:
         self._note("begin", {"segment": segment, "first": first, "stop": stop})
 
     def ticket(self, segment: int, k: int) -> Future[int | None]:
-        """The ticket of this pipeline's k-th batch; None: its segment ends at k."""
-        return self._ask("ticket", {"segment": segment, "k": k}, lambda answer: answer["ticket"])
+        """The ticket of this pipeline's k-th batch; None: its segment ends at k. Some come unasked, ahead of time."""
+        with self._lock:
+            given = self._granted.pop((segment, k), None)
+        if given is None:
+            return self._ask("ticket", {"segment": segment, "k": k}, partial(self._ticketed, segment, k))
+        known: Future[int | None] = Future()
+        known.set_result(given)
+        return known
 
     def done(self, k: int) -> None:
-        """This pipeline's k-th batch is through; stage 0 says so. Leaves with the next question, or the next ping."""
-        self._note("done", {"k": k}, hurry=False)
+        """This pipeline's batches up to `k` are through; stage 0 says so. Leaves with its next question."""
+        with self._lock:
+            self._done = k
 
     def ready(self, step: int, scope: str = "") -> Future[Group]:
         """Asks for a group to average with; a pipeline that is not whole stays alone."""
@@ -250,7 +260,7 @@ class Client:
         else:
             self._thread.join()
 
-    def _ask(self, kind: str, fields: Message, decode: Callable[[Message], T], *, hurry: bool = True) -> Future[T]:
+    def _ask(self, kind: str, fields: Message, decode: Callable[[Message], T]) -> Future[T]:
         future: Future[T] = Future()
         with self._lock:
             failure = self._failure
@@ -259,12 +269,14 @@ class Client:
             if failure is None or (kind == "bye" and not self._ended):
                 self._asked += 1
                 message = {"type": kind, "n": self._asked, "g": self.generation, **fields}
+                if self._done is not None:
+                    message["done"], self._done = self._done, None
                 payload = _encode(message).encode()
                 if len(payload) > FRAME_BYTES:
                     raise ValueError(f"{kind} of {len(payload)} bytes; the coordinator takes {FRAME_BYTES}")
                 self._calls[self._asked] = _Call(kind, self.generation, payload, future, decode)
                 self._outbox.append(payload)
-                if hurry and not self._rung:
+                if not self._rung:
                     self._rung = True
                     self._ring()
                 failure = None
@@ -272,9 +284,9 @@ class Client:
             future.set_exception(failure())
         return future
 
-    def _note(self, kind: str, fields: Message, *, hurry: bool = True) -> None:
+    def _note(self, kind: str, fields: Message) -> None:
         """A question whose answer nobody waits for; a refusal is a mistake that ends this client."""
-        self._ask(kind, fields, lambda answer: None, hurry=hurry).add_done_callback(self._check_note)
+        self._ask(kind, fields, lambda answer: None).add_done_callback(self._check_note)
 
     def _check_note(self, future: Future[None]) -> None:
         error = future.exception()
@@ -297,12 +309,18 @@ class Client:
             self.generations = dict(enumerate(answer["generations"]))
             self.peers = dict(answer["peers"])
             self._giver = None
+            self._granted.clear()
         return Welcome(answer["g"], answer["late"], answer["segment"], answer["k"])
 
     def _formed(self, answer: Message) -> Group:
         members = tuple(answer["members"])
         generations = {member: self.generations.get(member, 0) for member in members}
         return Group(answer["round"], members, answer["reason"], generations)
+
+    def _ticketed(self, segment: int, k: int, answer: Message) -> int | None:
+        with self._lock:
+            self._granted.update({(segment, k + 1 + i): ticket for i, ticket in enumerate(answer["more"])})
+        return answer["ticket"]  # type: ignore[no-any-return]
 
     def _given(self, answer: Message) -> tuple[int, str]:
         self._giver = answer["pipeline"]
@@ -358,6 +376,7 @@ class Client:
         self._set_generation(self.pipeline, generation, live=False)
         with self._lock:
             self.generation, self.fenced, self._giver = generation, True, None
+            self._granted.clear()
             stale = [number for number, call in self._calls.items() if call.kind not in _SURVIVE_A_FENCE]
             calls = [self._calls.pop(number) for number in stale if self._calls[number].generation < generation]
         for call in calls:

@@ -134,7 +134,7 @@ class Coordinator:
         while not (self._ended or (director.over and not for_ever)):
             now = time.monotonic()
             if now > expected + PAUSE_S:
-                director.paused(now - expected)
+                director.paused(now - expected, now)
             drained = self._receive()
             while self._notices:
                 pipeline, reason, incarnation = self._notices.popleft()

@@ -2,7 +2,7 @@
 
     worker                          Director                                    everybody
       hello ──────────────────────► Roll: the start barrier ─► welcome
-      begin, ticket, done ────────► Shares: who does which batch
+      begin, ticket ───────────────► Shares: who does which batch
       ready, final ───────────────► GroupScheduler: who averages with whom
       gather, first ──────────────► Gathers: one answer for all
       ping, silence, suspect ─────► Roll: who is alive ──────► lost, fenced, stop
@@ -75,10 +75,11 @@ class Director:
             return []
         return self._job.lost(pipeline, reason, now, incarnation)
 
-    def paused(self, seconds: float) -> None:
-        """The loop itself stood still for a while: nobody could be heard in that time."""
+    def paused(self, seconds: float, now: float) -> None:
+        """The loop itself stood still for a while: nobody could be heard, and those heard last may have to call again."""
         for worker in self._job.roll.workers.values() if self._job is not None else ():
-            worker.heard += seconds
+            if worker.heard + seconds >= now - self._job.rules.heartbeat_timeout_s:
+                worker.heard = now
 
     def take_notes(self) -> list[str]:
         """What has happened, in words, since the last call."""
@@ -137,7 +138,6 @@ class _Job:
         self._handlers: Mapping[str, Callable[[Worker, int, Message, float], None]] = {
             "ready": self._ready,
             "ticket": self._ticket,
-            "done": self._done,
             "final": self._final,
             "begin": self._begin,
             "gather": self._gather,
@@ -176,6 +176,8 @@ class _Job:
         elif self.stopped is not None and kind != "bye":
             self._fail(worker, number, "too few", self.stopped)
         else:
+            if "done" in message and pipeline.state == "live":
+                self._shares.done(pipeline.index, field_of(message, "done", int), now)
             handler(worker, number, message, now)
         return post.taken()
 
@@ -419,15 +421,11 @@ class _Job:
                 pipeline.segment, pipeline.tickets = segment, {}
             if ticket is not None:
                 pipeline.tickets[k] = ticket
+            more = self._shares.ahead(pipeline.index, k)
         else:
             ticket = pipeline.tickets.get(k) if segment == pipeline.segment else None
-        self._post.answer(worker, number, {"ticket": ticket})
-
-    def _done(self, worker: Worker, number: int, message: Message, now: float) -> None:
-        k = field_of(message, "k", int)
-        if self.roll.pipelines[worker.pipeline].state == "live":
-            self._shares.done(worker.pipeline, k, now)
-        self._post.answer(worker, number, {})
+            more = []
+        self._post.answer(worker, number, {"ticket": ticket, "more": more})
 
     # --- who averages with whom
 

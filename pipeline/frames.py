@@ -12,8 +12,6 @@ import hmac
 import json
 import socket
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -23,11 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from heturun.wire import admit, prove, split_address
-from pipeline.transport.pool import Ring
-from pipeline.transport.protocol import Layout
 
 SOCKET_BYTES = 4 << 20  # a buffer that takes a whole small model, so that its sender need not wait for its receiver
-MOST_SIZES = 8  # sizes of received tensors whose memory is kept for the next one
 
 View = memoryview
 
@@ -193,24 +188,6 @@ def is_cut(sock: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-class Memory:
-    """Memory to receive into, used again once nobody refers to it; for several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._rings: OrderedDict[int, Ring] = OrderedDict()
-
-    def take(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 of undefined content, aligned for any dtype."""
-        with self._lock:
-            if nbytes not in self._rings:
-                self._rings[nbytes] = Ring(Layout(torch.uint8, torch.Size((nbytes,)), (1,)))
-            self._rings.move_to_end(nbytes)
-            if len(self._rings) > MOST_SIZES:
-                self._rings.popitem(last=False)
-            return self._rings[nbytes].take().fresh()
 
 
 def view_of(tensor: Tensor) -> View:

@@ -27,6 +27,7 @@ from pipeline.frames import Header, Kind
 from pipeline.links import Caller, Link, end_all
 from pipeline.mailbox import Key, Mailbox
 from pipeline.rounds import Round, shaped_like
+from pipeline.transport.pool import Memory
 from pipeline.transport.protocol import DTYPES
 
 ACCEPT_AGAIN_S = 0.01
@@ -60,7 +61,7 @@ class Mesh:
         self.pipeline, self.on_broken = pipeline, on_broken
         self.bytes_sent = 0
         self._key, self._timeout_s = frames.mesh_key(key), timeout_s
-        self._mailbox, self._memory = Mailbox(pipeline), frames.Memory()
+        self._mailbox, self.memory = Mailbox(pipeline), Memory()
         self._lock = threading.Lock()
         self._peers: dict[int, str] = {}
         self._links: dict[tuple[int, str], Link] = {}
@@ -184,7 +185,7 @@ class Mesh:
         """
         header = Header(Kind.SWAP, self.pipeline, self._mailbox.generation, part=DTYPES.index(x.dtype))
         with self._ask(peer, "swap", header, frames.view_of(_on_host(x))) as (sock, answer):
-            memory = self._memory.take(answer.nbytes)
+            memory = self.memory.take(answer.nbytes)
             frames.receive_into(sock, frames.view_of(memory))
         if answer.kind == Kind.REFUSED:
             _refused(peer, bytes(frames.view_of(memory)))
@@ -348,13 +349,13 @@ class Mesh:
             key = Key(header.sender, header.round, header.part)
             memory = self._mailbox.posted(key, header.nbytes)
             if memory is None:
-                memory = self._memory.take(header.nbytes)
+                memory = self.memory.take(header.nbytes)
             frames.receive_into(sock, frames.view_of(memory))
             self._mailbox.put(key, memory, header.generation)
         elif header.kind == Kind.GAVE_UP:
             self._mailbox.put_gave_up(header.sender, header.round, header.part)
         elif header.kind == Kind.SWAP:
-            memory = self._memory.take(header.nbytes)
+            memory = self.memory.take(header.nbytes)
             frames.receive_into(sock, frames.view_of(memory))
             self._reply(sock, header, lambda: self._swapped(header, memory))
         elif header.kind == Kind.STATE:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.errors import PeerLost
 from pipeline.frames import Header, Kind, View, view_of
 from pipeline.mailbox import Key, Mailbox
+from pipeline.transport.pool import Memory
 from pipeline.transport.protocol import bytes_of
 
 SMALL_BYTES = 1 << 16  # up to here everybody sends everything to everybody: one exchange instead of two
@@ -27,6 +28,7 @@ class Wires(Protocol):
     """What a round needs of the mesh."""
 
     pipeline: int
+    memory: Memory  # for results
 
     def send(self, peer: int, header: Header, payload: View | bytes = b"") -> None: ...
     def is_cut(self, peer: int) -> bool: ...
@@ -51,11 +53,11 @@ class Round:
         """Everybody sends everything to everybody."""
         self.send_to_others(x, 2 * part)
         theirs = dict(zip(self._others, self.collect(self._others, 2 * part, x), strict=True))
-        return mean_of([theirs.get(member, x) for member in self._members])
+        return mean_of([theirs.get(member, x) for member in self._members], self._mesh.memory.like(x))
 
     def scatter_gather(self, x: Tensor, part: int) -> Tensor:
         """Every member adds up its chunk and sends the mean to the others."""
-        result = torch.empty_like(x)
+        result = self._mesh.memory.like(x)
         chunks = dict(
             zip(self._members, zip(_split(x, self._members), _split(result, self._members), strict=True), strict=True)
         )
@@ -65,7 +67,7 @@ class Round:
             self._send(member, 2 * part, chunks[member][0])
         mine, mean = chunks[self._mesh.pipeline]
         theirs = dict(zip(self._others, self.collect(self._others, 2 * part, mine), strict=True))
-        mean.copy_(mean_of([theirs.get(member, mine) for member in self._members]))
+        mean_of([theirs.get(member, mine) for member in self._members], mean)
         self.send_to_others(mean, 2 * part + 1)
         targets = [chunks[member][1] for member in self._others]
         for target, came in zip(targets, self.collect(self._others, 2 * part + 1, *targets), strict=True):
@@ -99,9 +101,8 @@ class Round:
                     self._mesh.send(member, header)
 
 
-def mean_of(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of (n,) tensors of one dtype, added in order in float32 at least and rounded once; in new memory."""
-    result = torch.empty_like(parts[0])
+def mean_of(parts: Sequence[Tensor], result: Tensor) -> Tensor:
+    """The mean of (n,) tensors of one dtype, added in order in float32 at least and rounded once, as `result`."""
     wide = result.dtype if result.dtype.itemsize >= 4 else torch.float32
     for start in range(0, result.numel(), BLOCK):  # what stays in the cache is divided there
         first, *rest = (part[start : start + BLOCK].to(wide) for part in parts)

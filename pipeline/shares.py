@@ -17,6 +17,8 @@ from statistics import fmean
 
 REMEMBERED = 8  # times per batch, of each pipeline
 ENOUGH = 4  # of them show that it is fast: two batches whose news came together seem to have taken no time
+AT_ONCE = 4  # tickets that a pipeline gets for one question, while there are
+SPARE = 8  # for each pipeline and ticket ahead
 CLEARLY = 0.9  # the others are sooner if they need less than this part of the time
 
 
@@ -39,9 +41,9 @@ class _Share:
     def open(self) -> bool:
         return self.live and self.end is None
 
-    def learn(self, now: float) -> None:
+    def learn(self, batches: int, now: float) -> None:
         if self.last_done is not None:
-            self.recent_s.append(max(now - self.last_done, 1e-9))
+            self.recent_s.extend([max(now - self.last_done, 1e-9) / batches] * batches)
             self.batch_s = fmean(self.recent_s)
         self.last_done = now
 
@@ -116,6 +118,23 @@ class Shares:
             share.end = k
         return None
 
+    def ahead(self, pipeline: int, k: int) -> list[int]:
+        """Tickets of its batches after `k`, the last it has asked for; none of one whose pace is unknown, or at the end."""
+        share = self._shares[pipeline]
+        if k + 1 != share.next_k or share.end is not None or share.batch_s is None:
+            return []
+        competing = 1 if self._even else sum(other.open for other in self._shares)
+        left = len(share.own) if self._even else self._left()
+        tickets: list[int] = []
+        while len(tickets) < min(AT_ONCE - 1, left // (SPARE * competing)):
+            ticket = self._give(share)
+            if ticket is None:
+                break
+            share.tickets[share.next_k] = share.under_way[share.next_k] = ticket
+            share.next_k += 1
+            tickets.append(ticket)
+        return tickets
+
     def _give(self, share: _Share) -> int | None:
         if share.own:
             return share.own.popleft()
@@ -144,10 +163,13 @@ class Shares:
         return False
 
     def done(self, pipeline: int, k: int, now: float) -> None:
-        """A pipeline's batch `k` is through. Nothing happens if it does not have that one any more."""
+        """A pipeline's batches up to `k` are through. Nothing happens if it does not have them any more."""
         share = self._shares[pipeline]
-        if share.under_way.pop(k, None) is not None:
-            share.learn(now)
+        through = [held for held in share.under_way if held <= k]
+        for held in through:
+            del share.under_way[held]
+        if through:
+            share.learn(len(through), now)
 
     def left(self, pipeline: int) -> None:
         """What this pipeline has not done is handed out again; it gets nothing more of this segment unless it joins."""

@@ -10,6 +10,7 @@ pause, and around every op that is to be made longer, the host waits for it, or 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,10 @@ from pipeline.errors import UserError
 from pipeline.gpu_clock import Handlers
 from pipeline.hetero import SLOWED, Place, Profile, parse_profile
 from pipeline.waiting import ExactClock
+
+RUNS_AHEAD_S = 0.005  # a host of its device: about one emulated step
+WAITING = frozenset((Op.RECV_ACTIVATION, Op.RECV_GRADIENT, Op.RECV_TIED_GRADIENT, Op.RECV_TIED_WEIGHT, Op.NORM))
+WAITING |= {Op.WAIT, Op.REDUCE}  # what a device waits for
 
 
 class Clock(Protocol):
@@ -116,20 +121,55 @@ def _slowed(op: Op, handler: Callable[[int], object], straggler: Straggler) -> C
     return lambda microbatch: straggler.carry_out(op, microbatch, handler)
 
 
-def paced(handlers: Handlers, pace: Mapping[Op, float], clock: Waiting) -> Handlers:
-    """The same handlers, with ops that last at least so many seconds: an emulated stage computes by waiting."""
+class EmulatedDevice:
+    """A device that is not there: ops last so long on it, one after the other, while its host does other things.
 
-    def lasting(op: Op, seconds: float) -> Callable[[int], object]:
-        handler = handlers[op]
+        device  |---- F4 ----|------ B4 ------|-X-|---- F5 ----|
+        host    | F4 zzzzzzzzz | B4 zzzzzzzzzz |U4|X4|L5| F5 zzz |      a sleep ends late, loading takes time
 
+    As with a real device, which has its next work before it is through, what the host does meanwhile costs nothing:
+    updates (they are part of the backward's time), loading, being late. What counts is what a device waits for, which
+    is messages and partners, and mixing, which works with its memory. A host that falls behind by more than a real one
+    runs ahead holds its device up.
+    """
+
+    def __init__(self, pace: Mapping[Op, float], clock: Waiting) -> None:
+        self._pace, self._clock = pace, clock
+        self._free_at = inf  # when the device was, or will be, through with everything; at first, not yet known
+
+    def wrap(self, handlers: Handlers) -> Handlers:
+        """The same handlers, with ops that last as long as they should."""
+        present = handlers.keys()
+        lasting = {op: self._lasting(handlers[op], self._pace[op]) for op in present & self._pace.keys()}
+        waiting = {op: self._waiting(handlers[op]) for op in present & WAITING}
+        mixing = {op: self._mixing(handlers[op]) for op in present & {Op.MIX}}
+        return handlers | lasting | waiting | mixing
+
+    def _lasting(self, handler: Callable[[int], object], seconds: float) -> Callable[[int], object]:
         def act(microbatch: int) -> None:
-            end = clock.now() + seconds
+            now = self._clock.now
+            began = now()
             handler(microbatch)
-            clock.wait_until(end)
+            start = max(min(self._free_at, began), began - RUNS_AHEAD_S)
+            self._free_at = start + max(seconds, now() - began)
+            self._clock.wait_until(self._free_at)
 
         return act
 
-    return handlers | {op: lasting(op, seconds) for op, seconds in pace.items()}
+    def _waiting(self, handler: Callable[[int], object]) -> Callable[[int], object]:
+        def act(microbatch: int) -> None:
+            handler(microbatch)
+            self._free_at = self._clock.now()
+
+        return act
+
+    def _mixing(self, handler: Callable[[int], object]) -> Callable[[int], object]:
+        def act(microbatch: int) -> None:
+            began = self._clock.now()
+            handler(microbatch)
+            self._free_at += self._clock.now() - began
+
+        return act
 
 
 def make_straggler(

@@ -37,7 +37,7 @@ from pipeline.schedules import Schedule, Shape, find_schedule
 from pipeline.settings import Settings, option
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
-from pipeline.straggler import Straggler, Waiting, make_straggler, paced, slowed
+from pipeline.straggler import EmulatedDevice, Straggler, Waiting, make_straggler, slowed
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.trace import Recorder, shift
 from pipeline.transport.protocol import Transport
@@ -56,7 +56,7 @@ def _nothing() -> None:
 def _slowed_down(handlers: Handlers, *, pace: Pace | None, straggler: Straggler | None) -> Handlers:
     """The handlers of training as an emulation and a simulated straggler make them last."""
     if pace is not None:
-        handlers = paced(handlers, pace.seconds, pace.clock)
+        handlers = EmulatedDevice(pace.seconds, pace.clock).wrap(handlers)
     return handlers if straggler is None else slowed(handlers, straggler)
 
 

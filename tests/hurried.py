@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pipeline.emulated_task
 import train_resnet
-from pipeline.waiting import ExactClock
+from pipeline.waiting import SharpClock
 
 
-class HurriedClock(ExactClock):
+class HurriedClock(SharpClock):
     """Waits until told to hurry."""
 
     def wait_until(self, moment: float) -> None:
@@ -22,5 +22,5 @@ class HurriedClock(ExactClock):
 
 
 if __name__ == "__main__":
-    pipeline.emulated_task.ExactClock = HurriedClock  # type: ignore[misc]
+    pipeline.emulated_task.SharpClock = HurriedClock  # type: ignore[misc]
     train_resnet.main()

@@ -233,7 +233,7 @@ def test_silence_of_exactly_the_timeout_is_a_loss() -> None:
 
 def test_a_loop_that_stood_still_loses_nobody() -> None:
     job = Job(heartbeat_timeout_s=3.0).start()
-    job.director.paused(10.0)
+    job.director.paused(10.0, job.now + 10.0)
     job.tick(10.0)
     assert job.director.live == (0, 1)
     job.tick(13.0)
@@ -656,13 +656,12 @@ def anything(job: Job, chance: random.Random, incarnations: dict[int, int], aske
     who = (pipeline, stage, incarnations[pipeline])
     segment = chance.randrange(3)
     often = ("ready", "ready", "ticket", "begin", "refreshed", "ping", "wait")
-    seldom = ("final", "done", "gather", "first", "giver", "suspect", "hello", "lost", "again", "bye")
+    seldom = ("final", "gather", "first", "giver", "suspect", "hello", "lost", "again", "bye")
     kind = chance.choice((*often, *often, *seldom))
     fields: dict[str, dict[str, Any]] = {
         "ready": {"step": 1, "scope": ""},
         "final": {"segment": segment, "attempt": 0},
         "ticket": {"segment": segment, "k": chance.randrange(4)},
-        "done": {"k": chance.randrange(4)},
         "begin": {"segment": segment, "first": 10 * segment, "stop": 10 * segment + 10},
         "gather": {"key": "x", "value": 1, "scope": chance.choice(["stage", "pipeline", "all", "last"])},
         "first": {"key": "x", "value": 1},
@@ -673,7 +672,8 @@ def anything(job: Job, chance: random.Random, incarnations: dict[int, int], aske
         "bye": {},
     }
     if kind in fields and (kind != "bye" or chance.random() < 0.1):
-        number = job.say(kind, *who, **fields[kind])
+        done = {"done": chance.randrange(4)} if chance.random() < 0.2 else {}
+        number = job.say(kind, *who, **fields[kind], **done)
         if kind != "ping":
             asked.append(number)
     elif kind == "hello":

@@ -23,11 +23,14 @@ from pipeline.models.layered import build_blocks
 from pipeline.partition import cut_points, needs_profile
 from pipeline.settings import Settings
 from pipeline.stage import StageOptions
-from pipeline.straggler import paced
+from pipeline.straggler import EmulatedDevice
 from pipeline.transport.local import local_transports
 from pipeline.world import join_world
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+PACE = {Op.FORWARD: 0.002, Op.BACKWARD: 0.003}
 
 
 class Watch:
@@ -85,7 +88,7 @@ def test_ops_last_as_long_as_they_should_and_others_are_left_alone() -> None:
         return lambda microbatch: done.append((op, microbatch))
 
     ops = (Op.FORWARD, Op.BACKWARD, Op.UPDATE)
-    handlers = paced({op: handler(op) for op in ops}, {Op.FORWARD: 0.002, Op.BACKWARD: 0.003}, watch)
+    handlers = EmulatedDevice(PACE, watch).wrap({op: handler(op) for op in ops})
     times = []
     for op in ops:
         handlers[op](7)
@@ -100,8 +103,63 @@ def test_the_arithmetic_is_part_of_the_time() -> None:
     def compute(microbatch: int) -> None:
         watch.time_s += 0.0015
 
-    paced({Op.FORWARD: compute}, {Op.FORWARD: 0.002}, watch)[Op.FORWARD](0)
+    EmulatedDevice({Op.FORWARD: 0.002}, watch).wrap({Op.FORWARD: compute})[Op.FORWARD](0)
     assert watch.time_s == pytest.approx(0.002)
+
+
+class LateWatch(Watch):
+    """Its waits end late."""
+
+    late_s = 0.0005
+
+    def wait_until(self, moment: float) -> None:
+        if moment > self.time_s:
+            self.time_s = moment + self.late_s
+
+
+def walk(watch: Watch, walked: tuple[Op, ...], took_s: dict[Op, float]) -> list[float]:
+    """The moments at which ops return that keep the host busy for so long."""
+
+    def handler(op: Op) -> Callable[[int], None]:
+        def act(microbatch: int) -> None:
+            watch.time_s += took_s.get(op, 0.0)
+
+        return act
+
+    handlers, times = EmulatedDevice(PACE, watch).wrap({op: handler(op) for op in walked}), []
+    for op in walked:
+        handlers[op](0)
+        times.append(round(watch.time_s * 1e3, 6))
+    return times
+
+
+def test_late_sleeps_and_updates_are_made_up_for_by_the_next_op() -> None:
+    step = (Op.FORWARD, Op.BACKWARD, Op.UPDATE)
+    times = walk(LateWatch(), step * 100, {Op.FORWARD: 0.0001, Op.BACKWARD: 0.0002, Op.UPDATE: 0.0003})
+    assert times[:6] == [2.5, 5.5, 5.8, 7.5, 10.5, 10.8]
+    assert times[-2] == 500.5, "100 steps of 5 ms, the last of which ended late"
+
+
+def test_arithmetic_that_lasts_longer_is_not_made_up_for() -> None:
+    assert walk(Watch(), (Op.FORWARD, Op.BACKWARD), {Op.FORWARD: 0.004}) == [4.0, 7.0]
+
+
+def test_loading_is_hidden_and_mixing_is_not() -> None:
+    ops = (Op.FORWARD, Op.BACKWARD, Op.UPDATE, Op.MIX, Op.LOAD, Op.FORWARD)
+    took = {Op.UPDATE: 0.0002, Op.MIX: 0.0004, Op.LOAD: 0.001}
+    assert walk(LateWatch(), ops, took) == [2.5, 5.5, 5.7, 6.1, 7.1, 7.9]
+
+
+def test_a_device_that_waited_for_others_has_nothing_to_make_up_for() -> None:
+    ops = (Op.FORWARD, Op.RECV_GRADIENT, Op.BACKWARD)
+    assert walk(LateWatch(), ops, {Op.RECV_GRADIENT: 0.0003}) == [2.5, 2.8, 6.3]
+    assert walk(LateWatch(), ops, {Op.RECV_GRADIENT: 0.01}) == [2.5, 12.5, 16.0]
+
+
+def test_a_host_that_was_stopped_is_not_made_up_for() -> None:
+    watch = LateWatch()
+    watch.late_s = 3.0
+    assert walk(watch, (Op.FORWARD,) * 4, {}) == [3002, 3002, 3002, 6003], "5 ms of it are"
 
 
 def test_the_gradient_is_that_of_the_summed_squares() -> None:

@@ -107,6 +107,44 @@ def test_news_that_comes_together_does_not_make_a_replica_look_infinitely_fast()
     assert shares.ask(1, 3, 0.1) is not None
 
 
+@pytest.mark.parametrize("even", [False, True])
+def test_tickets_come_ahead_of_time_while_there_are_many(even: bool) -> None:
+    shares = Shares(2, even=even)
+    shares.begin(0, 0, 100)
+    assert shares.ask(0, 0, 0.0) == 0 and not shares.ahead(0, 0), "its pace is not known"
+    shares.done(0, 0, 1.0)
+    assert shares.ask(0, 1, 1.0) is not None
+    shares.done(0, 1, 2.0)
+    assert shares.ask(0, 2, 2.0) is not None
+    more = shares.ahead(0, 2)
+    assert len(more) == 3 and not shares.ahead(0, 2), "once"
+    assert [shares.ask(0, k, 2.0) for k in range(3, 6)] == more
+    shares.left(0)
+    assert {*more} <= {*shares.undone}, "handed out again"
+
+
+def test_the_last_tickets_are_handed_out_one_by_one() -> None:
+    shares = Shares(2, even=False)
+    shares.begin(0, 0, 100)
+    for k in range(88):
+        shares.ask(0, k, k)
+        shares.done(0, k, k)
+    assert not shares.ahead(0, 87)
+
+
+def test_several_batches_are_through_at_once() -> None:
+    shares = Shares(2, even=False)
+    shares.begin(0, 0, 100)
+    for k in range(5):
+        shares.ask(0, k, 0.0)
+    shares.done(0, 0, 1.0)
+    shares.done(0, 4, 9.0)
+    shares.ask(0, 5, 9.0)
+    shares.left(0)
+    assert len(shares.undone) == 95
+    assert [shares.ask(1, 0, 9.0)] == [5]
+
+
 def test_rates_that_are_not_known_stop_nobody() -> None:
     shares = Shares(2, even=False)
     shares.begin(0, 0, 4)
@@ -125,12 +163,13 @@ def test_batches_that_cannot_be_asked_for_are_refused() -> None:
 
 
 events = st.lists(
-    st.tuples(st.sampled_from(["ask"] * 8 + ["done"] * 4 + ["left", "joined"]), st.integers(0, 3)), max_size=120
+    st.tuples(st.sampled_from(["ask"] * 8 + ["ahead"] * 2 + ["done"] * 4 + ["left", "joined"]), st.integers(0, 3)),
+    max_size=120,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.booleans(), st.integers(1, 4), st.integers(0, 25), events)
+@given(st.booleans(), st.integers(1, 4), st.integers(0, 60), events)
 def test_every_ticket_is_done_exactly_once(even: bool, pipelines: int, count: int, todo: list[tuple[str, int]]) -> None:
     """Handed out again only when its holder was lost; whoever is left at the end does the rest."""
     shares = Shares(pipelines, even=even)
@@ -150,6 +189,13 @@ def test_every_ticket_is_done_exactly_once(even: bool, pipelines: int, count: in
             held[pipeline][k] = ticket
         return ticket
 
+    def ahead(pipeline: int) -> None:
+        k = shares.next_k(pipeline)
+        for number, ticket in enumerate(shares.ahead(pipeline, k - 1)):
+            assert 0 <= ticket < count and not any(ticket in tickets.values() for tickets in held.values())
+            assert shares.ask(pipeline, k + number, now) == ticket
+            held[pipeline][k + number] = ticket
+
     def finish(pipeline: int) -> None:
         for k, ticket in list(held[pipeline].items())[:1]:
             shares.done(pipeline, k, now)
@@ -166,6 +212,8 @@ def test_every_ticket_is_done_exactly_once(even: bool, pipelines: int, count: in
             ended.discard(pipeline)
         elif pipeline in live and name == "ask" and pipeline not in ended:
             ask(pipeline)
+        elif pipeline in live and name == "ahead":
+            ahead(pipeline)
         elif pipeline in live and name == "done":
             finish(pipeline)
         elif pipeline in live and name == "left":

@@ -3,9 +3,10 @@
     (number, loss so far)  ->  block 0  ->  (number, + share of block 0)  ->  block 1  ->  ...      (batch, 2)
 
 One block per stage. A sample is one number x, and what a block with weights w adds to the loss is half the mean over
-its weights of (w - x)^2, so the loss falls as the weights approach the mean of the samples. The gradient is that of the
-sum, w - x, which moves weights at the same pace however many there are. Replicas see other samples: they drift apart,
-and averaging brings them together. This arithmetic takes a fraction of a millisecond, within the time that an op lasts.
+its first 4,096 weights of (w - x)^2, so the loss falls as the weights approach the mean of the samples. The gradient is
+that of the sum over all weights, w - x, which moves them at the same pace however many there are. Replicas see other
+samples: they drift apart, and averaging brings them together. This arithmetic takes a fraction of a millisecond, within
+the time that an op lasts.
 """
 
 from __future__ import annotations
@@ -20,28 +21,33 @@ from torch import Tensor, nn
 from pipeline.emulation import Emulation
 from pipeline.models.criterion import Sums
 from pipeline.models.layered import Block, LayeredModel, Tensors
+from pipeline.transport.pool import Memory
 
 SPREAD = 0.5  # standard deviation of the samples
+MEASURED = 4096  # weights whose loss is shown
 
 
 class _Share(torch.autograd.Function):
     """What a block does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, memory: Memory) -> Tensor:
         number, so_far = x.unbind(1)  # (batch,) each
-        square = torch.dot(weight, weight) / len(weight)
-        share = number * (number / 2 - weight.mean()) + square / 2
+        measured = weight[:MEASURED]
+        square = torch.dot(measured, measured) / len(measured)
+        share = number * (number / 2 - measured.mean()) + square / 2
         y = torch.stack((number, so_far + share), 1)
         ctx.save_for_backward(number, weight)
+        ctx.memory = memory
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         number, weight = ctx.saved_tensors
         pull = gradient[:, 1]  # how much each sample's share counts in the loss
-        of_weight = torch.add(-torch.dot(pull, number), weight, alpha=float(pull.sum()))
-        return gradient if ctx.needs_input_grad[0] else None, of_weight
+        of_weight = ctx.memory.like(weight) if weight.device.type == "cpu" else torch.empty_like(weight)
+        torch.add(-torch.dot(pull, number), weight, alpha=float(pull.sum()), out=of_weight)
+        return gradient if ctx.needs_input_grad[0] else None, of_weight, None
 
 
 class EmulatedBlock(nn.Module):
@@ -50,9 +56,10 @@ class EmulatedBlock(nn.Module):
     def __init__(self, emulation: Emulation) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(max(1, round(emulation.param_mb * 1e6 / 4))))
+        self._memory = Memory()  # of gradients
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Share.apply(x, self.weight)
+        y: Tensor = _Share.apply(x, self.weight, self._memory)
         return y
 
 
@@ -79,7 +86,7 @@ class SumOfShares:
 
 
 def emulated_model(stages: int, emulation: Emulation) -> LayeredModel:
-    """One block per stage, each of `emulation`'s size; `straggler.paced` makes its ops last as long as they should."""
+    """One block per stage, each of `emulation`'s size; `straggler.EmulatedDevice` makes their ops last long enough."""
     build = partial(EmulatedBlock, emulation)
     blocks = tuple(Block(f"stage{stage}", f"stage{stage}.", build) for stage in range(stages))
     return LayeredModel("emulated", blocks, 0, 0, _sample, reference_cut=(1,) * stages)

@@ -11,7 +11,8 @@ what is handed out shares its memory with the one kept here:
 
 from __future__ import annotations
 
-from collections import deque
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from sys import getrefcount
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pipeline.transport.protocol import Layout, bytes_of
 
+MOST_SIZES = 8  # sizes whose memory is kept for the next tensor
 MOST_SLOTS = 64  # a ring forgets its oldest slot beyond that; more are in use only where somebody keeps everything
 
 
@@ -139,3 +141,28 @@ class Ring:
         """Gives up every slot; tensors handed out stay good."""
         while self._slots:
             self._discard(self._slots.pop())
+
+
+class Memory:
+    """Memory by size, used again once nobody refers to it; for several threads. Copies of it share nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rings: OrderedDict[int, Ring] = OrderedDict()
+
+    def take(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 of undefined content, aligned for any dtype."""
+        with self._lock:
+            if nbytes not in self._rings:
+                self._rings[nbytes] = Ring(Layout(torch.uint8, torch.Size((nbytes,)), (1,)))
+            self._rings.move_to_end(nbytes)
+            if len(self._rings) > MOST_SIZES:
+                self._rings.popitem(last=False)
+            return self._rings[nbytes].take().fresh()
+
+    def like(self, x: Tensor) -> Tensor:
+        """(n,) of x's dtype, n its number of elements, in host memory, of undefined content."""
+        return self.take(x.nbytes).view(x.dtype)
+
+    def __deepcopy__(self, memo: object) -> Memory:
+        return Memory()
