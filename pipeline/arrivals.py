@@ -242,7 +242,8 @@ class HiddenWait(AdaptiveWait):
     One who would be alone waits for ALONE of its own times: company a step later is worth more than none now.
     """
 
-    ALONE = 1.5
+    ALONE = 3.0
+    FIRST_ALONE_S = 1.0  # while nothing is known yet
 
     def __init__(self, pipelines: int) -> None:
         super().__init__(pipelines)
@@ -250,10 +251,10 @@ class HiddenWait(AdaptiveWait):
 
     def deadline(self, now: float, *, missing: int, full: bool) -> Deadline:
         deadline = super().deadline(now, missing=missing, full=full)
-        if self._waiting > 1 or self._rate <= 0:
+        if self._waiting > 1:
             return deadline
-        end = self._opened + self.ALONE / self._rate
-        return deadline if deadline.time >= end else Deadline(end, "nobody came for more than a step")
+        end = self._opened + (self.ALONE / self._rate if self._rate > 0 else self.FIRST_ALONE_S)
+        return deadline if deadline.time >= end else Deadline(end, "nobody came for several steps")
 
 
 class ReferenceWait:

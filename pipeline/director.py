@@ -76,10 +76,11 @@ class Director:
         return self._job.lost(pipeline, reason, now, incarnation)
 
     def paused(self, seconds: float, now: float) -> None:
-        """The loop itself stood still for a while: nobody could be heard, and those heard last may have to call again."""
-        for worker in self._job.roll.workers.values() if self._job is not None else ():
-            if worker.heard + seconds >= now - self._job.rules.heartbeat_timeout_s:
-                worker.heard = now
+        """The loop itself stood still for a while: nobody could be heard, and some may have to connect again."""
+        if self._job is not None:
+            for worker in self._job.roll.workers.values():
+                if worker.heard + seconds >= now - self._job.rules.heartbeat_timeout_s:
+                    worker.heard = now
 
     def take_notes(self) -> list[str]:
         """What has happened, in words, since the last call."""

@@ -204,6 +204,7 @@ class ElasticTrainer(Trainer):
             first = min(world.live_pipelines())
             address = world.client.peers.get(first)  # None: it has been lost since
             mine = first == world.pipeline or (address is not None and self._adopt(first, address) is not None)
+            world.mesh.connect()
             copied = all(world.gather("copied", mine, scope="all").values())
 
     def _rejoin(self) -> None:
@@ -331,10 +332,11 @@ class ElasticTrainer(Trainer):
             # of all stages: nobody begins the next segment while others still average
             answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "all").result()
             if mean is not None and all(answer.values()):
-                self.distance = float(torch.linalg.vector_norm(mine - mean))
                 with self.guard:
                     vector.write(mean)
-                world.diary.note_state("averaged", {"x": vector.read()}, segment=segment, members=group.members)
+                difference = mine.sub_(mean)
+                self.distance = float(torch.dot(difference, difference)) ** 0.5
+                world.diary.note_state("averaged", {"x": mean}, segment=segment, members=group.members)
                 return
 
     def _leave_checkpoint(self) -> None:

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.actions import Op
-from pipeline.emulation import parse_emulate
+from pipeline.emulation import Emulation, parse_emulate
 from pipeline.feed import Batch, Key
-from pipeline.models.emulated import SumOfShares, emulated_model, samples
+from pipeline.models.emulated import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.seeding import mix
 from pipeline.settings import Settings
 from pipeline.straggler import Waiting
@@ -54,6 +54,7 @@ def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Wai
         UserError: an --emulate that makes no sense.
     """
     emulation = parse_emulate(settings.emulate or "")
+    _warm_up(emulation)
     size = settings.batch_size * pipelines * settings.accumulate * (settings.max_steps or STEPS)
     rows = samples(size, mix(settings.seed)).numpy()
     pace = {Op.FORWARD: emulation.forward_ms / 1e3, Op.BACKWARD: emulation.backward_ms / 1e3}
@@ -64,3 +65,12 @@ def make_emulated(settings: Settings, *, stages: int, pipelines: int, clock: Wai
         val=None,
         pace=Pace(pace, clock or SharpClock()),
     )
+
+
+def _warm_up(emulation: Emulation) -> None:
+    """Torch's first steps take longer than an emulated one lasts."""
+    block, inputs = EmulatedBlock(emulation), torch.zeros(1, 2)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        block(inputs)[:, 1].mean().backward()
+        optimizer.step()

@@ -31,6 +31,7 @@ from pipeline.transport.pool import Memory
 from pipeline.transport.protocol import DTYPES
 
 ACCEPT_AGAIN_S = 0.01
+CONNECTED = 16  # connections made before they are needed
 
 Swapper = Callable[[Tensor], "Tensor | None"]
 StateProvider = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -107,6 +108,14 @@ class Mesh:
                 if c.sender == pipeline and (generation is None or c.generation < generation)
             ]
         end_all(links, callers)
+
+    def connect(self) -> None:
+        """Makes the connections on which parts will go to the others, those to many others when they are first used."""
+        with self._lock:
+            peers = [peer for peer in self._peers if peer != self.pipeline]
+        for peer in peers[:CONNECTED]:
+            with contextlib.suppress(GroupBroken, OSError), self._link(peer, "parts").use():
+                pass  # whoever cannot be reached will be found out when it is needed
 
     # averages
 

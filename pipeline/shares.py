@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil
-from statistics import fmean
+from statistics import median_high
 
 REMEMBERED = 8  # times per batch, of each pipeline
 ENOUGH = 4  # of them show that it is fast: two batches whose news came together seem to have taken no time
@@ -35,7 +35,7 @@ class _Share:
     own: deque[int] = field(default_factory=deque)  # reserved for it (even shares)
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     last_done: float | None = None
-    batch_s: float | None = None  # mean time from one batch to the next
+    batch_s: float | None = None  # typical time from one batch to the next
 
     @property
     def open(self) -> bool:
@@ -44,7 +44,7 @@ class _Share:
     def learn(self, batches: int, now: float) -> None:
         if self.last_done is not None:
             self.recent_s.extend([max(now - self.last_done, 1e-9) / batches] * batches)
-            self.batch_s = fmean(self.recent_s)
+            self.batch_s = median_high(self.recent_s)
         self.last_done = now
 
 
@@ -119,7 +119,7 @@ class Shares:
         return None
 
     def ahead(self, pipeline: int, k: int) -> list[int]:
-        """Tickets of its batches after `k`, the last it has asked for; none of one whose pace is unknown, or at the end."""
+        """Tickets for its batches after `k`, the last it asked for; none where few are left, or its pace is unknown."""
         share = self._shares[pipeline]
         if k + 1 != share.next_k or share.end is not None or share.batch_s is None:
             return []

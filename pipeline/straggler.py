@@ -22,7 +22,8 @@ from pipeline.gpu_clock import Handlers
 from pipeline.hetero import SLOWED, Place, Profile, parse_profile
 from pipeline.waiting import ExactClock
 
-RUNS_AHEAD_S = 0.005  # a host of its device: about one emulated step
+RUNS_AHEAD_S = 0.01  # a host of its device: about one emulated step
+WAS_THERE_S = 1e-4  # what comes in less time had not to be waited for
 WAITING = frozenset((Op.RECV_ACTIVATION, Op.RECV_GRADIENT, Op.RECV_TIED_GRADIENT, Op.RECV_TIED_WEIGHT, Op.NORM))
 WAITING |= {Op.WAIT, Op.REDUCE}  # what a device waits for
 
@@ -147,19 +148,19 @@ class EmulatedDevice:
 
     def _lasting(self, handler: Callable[[int], object], seconds: float) -> Callable[[int], object]:
         def act(microbatch: int) -> None:
-            now = self._clock.now
-            began = now()
+            began = self._clock.now()
             handler(microbatch)
-            start = max(min(self._free_at, began), began - RUNS_AHEAD_S)
-            self._free_at = start + max(seconds, now() - began)
+            self._free_at = max(min(self._free_at, began), began - RUNS_AHEAD_S) + seconds
             self._clock.wait_until(self._free_at)
 
         return act
 
     def _waiting(self, handler: Callable[[int], object]) -> Callable[[int], object]:
         def act(microbatch: int) -> None:
+            began = self._clock.now()
             handler(microbatch)
-            self._free_at = self._clock.now()
+            if self._clock.now() - began > WAS_THERE_S:
+                self._free_at = self._clock.now()
 
         return act
 
