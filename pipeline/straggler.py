@@ -22,7 +22,7 @@ from pipeline.gpu_clock import Handlers
 from pipeline.hetero import SLOWED, Place, Profile, parse_profile
 from pipeline.waiting import ExactClock
 
-RUNS_AHEAD_S = 0.01  # a host of its device: about one emulated step
+RUNS_AHEAD_S = 0.01  # a host of its device, which hides what the host does between two ops
 WAS_THERE_S = 1e-4  # what comes in less time had not to be waited for
 WAITING = frozenset((Op.RECV_ACTIVATION, Op.RECV_GRADIENT, Op.RECV_TIED_GRADIENT, Op.RECV_TIED_WEIGHT, Op.NORM))
 WAITING |= {Op.WAIT, Op.REDUCE}  # what a device waits for
@@ -123,7 +123,7 @@ def _slowed(op: Op, handler: Callable[[int], object], straggler: Straggler) -> C
 
 
 class EmulatedDevice:
-    """A device that is not there: ops last so long on it, one after the other, while its host does other things.
+    """A device that is not there, and a clock: ops last so long on it, while its host does other things.
 
         device  |---- F4 ----|------ B4 ------|-X-|---- F5 ----|
         host    | F4 zzzzzzzzz | B4 zzzzzzzzzz |U4|X4|L5| F5 zzz |      a sleep ends late, loading takes time
@@ -146,11 +146,22 @@ class EmulatedDevice:
         mixing = {op: self._mixing(handlers[op]) for op in present & {Op.MIX}}
         return handlers | lasting | waiting | mixing
 
+    def now(self) -> float:
+        """When the device was, or will be, through with everything so far: its own time, for a simulated straggler."""
+        now = self._clock.now()
+        self._free_at = max(min(self._free_at, now), now - RUNS_AHEAD_S)
+        return self._free_at
+
+    def wait(self, seconds: float) -> None:
+        """The device is busy for so long."""
+        self._free_at = self.now() + seconds
+        self._clock.wait_until(self._free_at)
+
     def _lasting(self, handler: Callable[[int], object], seconds: float) -> Callable[[int], object]:
         def act(microbatch: int) -> None:
-            began = self._clock.now()
+            began = self.now()
             handler(microbatch)
-            self._free_at = max(min(self._free_at, began), began - RUNS_AHEAD_S) + seconds
+            self._free_at = began + seconds
             self._clock.wait_until(self._free_at)
 
         return act
@@ -180,9 +191,10 @@ def make_straggler(
     seed: int,
     device: torch.device,
     release: Callable[[], object] = lambda: None,
+    clock: Clock | None = None,
 ) -> Straggler | None:
     """The straggler of this worker; None if the profile leaves it alone."""
     if not profile.slows(place):
         return None
     synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-    return Straggler(profile, place, seed=seed, synchronize=synchronize, release=release)
+    return Straggler(profile, place, seed=seed, clock=clock, synchronize=synchronize, release=release)

@@ -53,10 +53,10 @@ def _nothing() -> None:
     return None
 
 
-def _slowed_down(handlers: Handlers, *, pace: Pace | None, straggler: Straggler | None) -> Handlers:
+def _slowed_down(handlers: Handlers, *, device: EmulatedDevice | None, straggler: Straggler | None) -> Handlers:
     """The handlers of training as an emulation and a simulated straggler make them last."""
-    if pace is not None:
-        handlers = EmulatedDevice(pace.seconds, pace.clock).wrap(handlers)
+    if device is not None:
+        handlers = device.wrap(handlers)
     return handlers if straggler is None else slowed(handlers, straggler)
 
 
@@ -201,12 +201,15 @@ class Trainer:
 
     def _make_executor(self, **more: Any) -> Executor:
         release = self.transport.send_ready if isinstance(self.transport, StagedTransport) else _nothing
+        pace = self.task.pace
+        device = None if pace is None else EmulatedDevice(pace.seconds, pace.clock)
         straggler = make_straggler(
             self.profile,
             self.world.row[self.position],
             seed=self.settings.seed,
             device=self.world.device,
             release=release,
+            clock=device,
         )
         return Executor(
             self.stage,
@@ -216,7 +219,7 @@ class Trainer:
             hooks=self.hooks,
             reducer=self.reducer,
             tie=self.plan.tie,
-            wrap=partial(_slowed_down, pace=self.task.pace, straggler=straggler),
+            wrap=partial(_slowed_down, device=device, straggler=straggler),
             clock=self.clock,
             **more,
         )

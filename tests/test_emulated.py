@@ -17,13 +17,14 @@ from pipeline.actions import Op
 from pipeline.emulated_task import make_emulated
 from pipeline.emulation import Emulation, parse_emulate
 from pipeline.errors import UserError
+from pipeline.hetero import Place, parse_profile
 from pipeline.job import train
 from pipeline.models.emulated import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.models.layered import build_blocks
 from pipeline.partition import cut_points, needs_profile
 from pipeline.settings import Settings
 from pipeline.stage import StageOptions
-from pipeline.straggler import EmulatedDevice
+from pipeline.straggler import EmulatedDevice, make_straggler, slowed
 from pipeline.transport.local import local_transports
 from pipeline.world import join_world
 
@@ -140,8 +141,23 @@ def test_late_sleeps_and_updates_are_made_up_for_by_the_next_op() -> None:
     assert times[-2] == 500.5, "100 steps of 5 ms, the last of which ended late"
 
 
-def test_arithmetic_that_lasts_longer_is_not_made_up_for() -> None:
-    assert walk(Watch(), (Op.FORWARD, Op.BACKWARD), {Op.FORWARD: 0.004}) == [4.0, 7.0]
+def test_arithmetic_that_lasts_longer_takes_its_time() -> None:
+    steps = (Op.FORWARD, Op.BACKWARD) * 10
+    assert walk(Watch(), steps, {Op.FORWARD: 0.009})[-1] == pytest.approx(90, abs=10)
+
+
+def test_a_slow_device_is_slow_however_late_its_host_is() -> None:
+    watch = LateWatch()
+    device = EmulatedDevice(PACE, watch)
+    straggler = make_straggler(
+        parse_profile("slow:factor=2"), Place(0, 0, "w0"), seed=0, device=torch.device("cpu"), clock=device
+    )
+    assert straggler is not None
+    handlers = slowed(device.wrap({op: lambda microbatch: None for op in (Op.FORWARD, Op.BACKWARD)}), straggler)
+    for microbatch in range(100):
+        for handler in handlers.values():
+            handler(microbatch)
+    assert watch.time_s == pytest.approx(1.0005), "100 steps of 10 ms, the last of which was noticed late"
 
 
 def test_loading_is_hidden_and_mixing_is_not() -> None:
@@ -159,7 +175,7 @@ def test_a_device_that_waited_for_others_has_nothing_to_make_up_for() -> None:
 def test_a_host_that_was_stopped_is_not_made_up_for() -> None:
     watch = LateWatch()
     watch.late_s = 3.0
-    assert walk(watch, (Op.FORWARD,) * 4, {}) == [3002, 3002, 3002, 6003], "5 ms of it are"
+    assert walk(watch, (Op.FORWARD,) * 7, {}) == [3002] * 6 + [6004], "10 ms of it are"
 
 
 def test_the_gradient_is_that_of_the_summed_squares() -> None:
