@@ -5,7 +5,9 @@
     python bench/hetero.py --ways "preduce, overlapped" --factors 5
 
 Replicas are processes of their own under heturun with the real coordinator and transport; only their arithmetic is
-replaced by waiting (--emulate). The work is `--steps` steps per replica, handed out on demand where the way allows it.
+replaced by waiting (--emulate): an emulated device is through with its step when it should be, even if its host, which
+shares the processors with the others, notices late. What the device waits for, and mixing, counts. The work is
+`--steps` steps per replica, handed out on demand where the way allows it.
 
     ideal       everybody computes all the time: all the work over the sum of the speeds
     bound       of all-reduce: everybody does as much, so all are as slow as the slowest

@@ -206,6 +206,7 @@ class ElasticTrainer(Trainer):
             mine = first == world.pipeline or (address is not None and self._adopt(first, address) is not None)
             world.mesh.connect()
             copied = all(world.gather("copied", mine, scope="all").values())
+        self.executor.share_tied_weight(0)
 
     def _rejoin(self) -> None:
         """Copies a live replica; when all stages have, the coordinator says where to go on.
@@ -220,6 +221,7 @@ class ElasticTrainer(Trainer):
         self.book.life = welcome.generation
         while copied < self.segment < len(self.segments.stops):
             copied = self._copy_a_replica()
+        self.executor.share_tied_weight(self.k * self.plan.microbatches)
         self.world.diary.note("joined", segment=self.segment, k=self.k, generation=welcome.generation)
 
     def _copy_a_replica(self) -> int:
@@ -334,6 +336,7 @@ class ElasticTrainer(Trainer):
             if mean is not None and all(answer.values()):
                 with self.guard:
                     vector.write(mean)
+                self.executor.share_tied_weight(self.k * self.plan.microbatches)
                 difference = mine.sub_(mean)
                 self.distance = float(torch.dot(difference, difference)) ** 0.5
                 world.diary.note_state("averaged", {"x": mean}, segment=segment, members=group.members)

@@ -288,6 +288,13 @@ class Executor:
         (value,) = self.transport.recv(self.tie.owner, "W", microbatch)
         self.stage.borrowed[0].receive(value)
 
+    def share_tied_weight(self, number: int) -> None:
+        """Between two programs: the borrower of a tied parameter takes over its owner's newest; both call this."""
+        if self.tie is not None and self.tie.owner == self.position:
+            self._send_tied_weight(number)
+        elif self.tie is not None and self.tie.borrower == self.position:
+            self._recv_tied_weight(number)
+
     def _evaluate(self, microbatch: int) -> None:
         targets, _ = self._mail.targets.pop(microbatch, ((), None))
         self._mail.outputs[microbatch] = self.stage.evaluate(self._mail.inputs.pop(microbatch), targets)

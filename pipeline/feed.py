@@ -207,22 +207,6 @@ class ValidationPlan:
         return start, self.size * (self.pipeline + 1) // self.pipelines
 
 
-@dataclass(frozen=True)
-class WholeBatches:
-    """The same samples with all micro-batches of a batch together: number k is batch k of `plan`."""
-
-    plan: Plan
-
-    @property
-    def count(self) -> None:
-        """Batches never end."""
-        return None
-
-    def keys(self, batch: int) -> list[tuple[int, int]]:
-        epoch = self.plan.epoch(batch)
-        return [(epoch, index) for index in self.plan.indices(batch)]
-
-
 class MicrobatchFeed:
     """Fetches the micro-batches of a plan in order, with `workers` processes reading ahead (0: none).
 

@@ -1,8 +1,7 @@
 """Update rules over a stage's flat parameters, and learning rates as pure functions of the update's number.
 
     rate = make_learning_rate(settings, updates_per_epoch=390)   # rate(0) = lr / W ... rate(W - 1) = lr
-    optimizer = optimizer_of(settings)(param_groups(decayed, undecayed))
-    set_learning_rate(optimizer, rate(update))
+    optimizer = optimizer_of(settings)(parameters)
 
 Nothing here remembers how far training is, so a resumed run only needs the update's number.
 """
@@ -46,7 +45,7 @@ def make_optimizer(
     eps: float = 1e-7,
     fused: bool = True,
 ) -> OptimizerFactory:
-    """A function from parameters (or `param_groups`) to a torch optimiser; the name is "sgd" or "adamw".
+    """A function from parameters (or groups of them) to a torch optimiser; the name is "sgd" or "adamw".
 
     SGD: g += decay w; v = momentum v + g; w -= rate v. AdamW decouples the decay; `eps` is the reference's.
     torch's fused rules take one pass over memory, on CPU 3 to 6 times faster. Where a flat tensor is cut does not
@@ -80,23 +79,6 @@ def optimizer_of(settings: Settings) -> OptimizerFactory:
         momentum=settings.momentum,
         nesterov=settings.nesterov,
     )
-
-
-def param_groups(decayed: Sequence[Tensor], undecayed: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
-    """One group with the optimiser's weight decay and, if there is need, one without any."""
-    groups: list[dict[str, Any]] = [{"params": list(decayed)}] if decayed else []
-    return groups + ([{"params": list(undecayed), "weight_decay": 0.0}] if undecayed else [])
-
-
-def is_norm_or_bias(parameter: Tensor) -> bool:
-    """Whether --no-decay-norm-bias spares a parameter: scales, shifts and biases have one dimension."""
-    return parameter.ndim <= 1
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of the optimiser this rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def make_learning_rate(settings: Settings, *, updates_per_epoch: int) -> LearningRate:

@@ -118,6 +118,19 @@ def test_a_tied_bert_equals_the_unsplit_tied_one(stages: int, schedule: str, opt
     assert_equal(state, unsplit.train() if flushed else unsplit.train_with_delays(), tolerance=1e-5)
 
 
+def test_a_tied_weight_that_was_copied_or_averaged_is_shared_again() -> None:
+    (owner, borrower), _ = run_threads(bert_job(2, "gpipe", microbatches=2), local_transports(2, timeout_s=60))
+    assert owner.tie is not None
+    (loan,) = borrower.stage.borrowed
+    value = dict(owner.stage.model_state())[f"model.{owner.tie.owner_name}"]
+    with torch.no_grad():
+        value.add_(1)
+    assert not torch.equal(loan.leaf, value)
+    owner.share_tied_weight(0)
+    borrower.share_tied_weight(0)
+    assert torch.equal(loan.leaf, value)
+
+
 def test_the_tied_parameter_counts_once_in_the_norm() -> None:
     job = bert_job(3, "1f1b", microbatches=2, options=StageOptions(max_norm=0.5))
     _, state = trained(job)

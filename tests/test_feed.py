@@ -21,7 +21,6 @@ from pipeline.feed import (
     MicrobatchFeed,
     Plan,
     ValidationPlan,
-    WholeBatches,
     epoch_order,
     shard,
 )
@@ -133,13 +132,6 @@ def test_every_epoch_and_every_seed_has_its_own_order_and_it_is_always_the_same(
 def test_the_keys_of_a_microbatch_carry_the_epoch() -> None:
     plan = Plan(size=8, batch_size=4, microbatches=2)
     assert [{epoch for epoch, _ in plan.keys(m)} for m in range(8)] == [{0}] * 4 + [{1}] * 4
-
-
-@given(plans(), st.integers(0, 20))
-def test_whole_batches_are_the_microbatches_of_a_batch_together(plan: Plan, batch: int) -> None:
-    first = batch * plan.microbatches
-    together = [key for part in range(plan.microbatches) for key in plan.keys(first + part)]
-    assert WholeBatches(plan).keys(batch) == together
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 9))

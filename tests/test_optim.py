@@ -12,12 +12,8 @@ from torch.nn import Parameter
 from pipeline.errors import UserError
 from pipeline.optim import (
     default_milestones,
-    is_norm_or_bias,
     make_learning_rate,
     make_optimizer,
-    optimizer_of,
-    param_groups,
-    set_learning_rate,
 )
 from pipeline.settings import Settings, default_settings
 
@@ -149,29 +145,6 @@ def test_where_a_flat_is_cut_at_sixteens_does_not_change_a_bit(name: str) -> Non
             for part in (slice(0, cut), slice(cut, None))
         ]
         assert torch.equal(torch.cat(parts), expected)
-
-
-def test_norms_and_biases_can_be_spared_the_decay() -> None:
-    layer, norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
-    assert [is_norm_or_bias(p) for p in (*layer.parameters(), *norm.parameters())] == [
-        False,
-        True,
-        True,
-        True,
-    ]
-    decayed, spared = Parameter(torch.ones(16)), Parameter(torch.ones(16))
-    optimizer = optimizer_of(Settings(weight_decay=0.5, learning_rate=0.1))(param_groups([decayed], [spared]))
-    decayed.grad, spared.grad = torch.zeros(16), torch.zeros(16)
-    optimizer.step()
-    assert torch.equal(spared, torch.ones(16)) and torch.allclose(decayed, torch.full((16,), 0.95))
-    assert len(param_groups([decayed])) == len(param_groups([], [spared])) == 1
-
-
-def test_a_rate_reaches_every_group() -> None:
-    groups = param_groups([Parameter(torch.zeros(1))], [Parameter(torch.zeros(1))])
-    optimizer = make_optimizer("adamw", learning_rate=1.0)(groups)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_an_unknown_rule_lists_the_known_ones() -> None:
