@@ -37,6 +37,7 @@ EVER = 1_000_000  # updates that no run here comes to
 WATCH_S = 3.0
 CALM_S = 1.0
 PATIENCE_S = 180.0
+ALIVE_S = 3.0  # whoever has stepped within so long may be the next victim
 
 
 @contextmanager
@@ -128,6 +129,11 @@ def measure_freezes(rounds: int, seed: int, *, heartbeat_s: float, **shape: obje
     yield row("SIGCONT to first update", returns, "s", "")
 
 
+def stepping(running: FaultyJob, now: float) -> set[int]:
+    """The pipelines that have made an update lately."""
+    return {p for p in range(running.pipelines) if running.entries("update", pipeline=p, after=now - ALIVE_S)}
+
+
 def measure_throughput(minutes: float, faults: int, seed: int, *, step_ms: float, **shape: object) -> Iterator[str]:
     """Seeded kills and freezes at random times, two in three of them kills; batches done against alive replicas."""
     random, length_s = Random(seed), 60 * minutes
@@ -142,13 +148,14 @@ def measure_throughput(minutes: float, faults: int, seed: int, *, step_ms: float
         done = 0
         while time.time() < first + length_s:
             now = time.time()
-            for due, victim, since in [thaw for thaw in thaws if thaw[0] <= now]:
+            for thaw in [thaw for thaw in thaws if thaw[0] <= now]:
+                _, victim, since = thaw
                 dead.append((victim, since, running.thaw(victim)))
-                thaws.remove((due, victim, since))
-            if done < faults and first + moments[done] <= now:
+                thaws.remove(thaw)
+            due = done < faults and first + moments[done] <= now
+            if due and (alive := stepping(running, now) - {frozen for _, frozen, _ in thaws}):
                 done += 1
-                alive = [p for p in range(running.pipelines) if running.entries("update", pipeline=p, after=now - 1.0)]
-                victim = random.choice([p for p in alive if all(p != frozen for _, frozen, _ in thaws)])
+                victim = random.choice(sorted(alive))
                 if random.random() < 2 / 3:
                     dead.append((victim, running.kill(victim), float("inf")))
                 else:
