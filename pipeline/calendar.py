@@ -74,7 +74,8 @@ class Calendar:
         """The first point after `batches` at which the pipe has to be empty."""
         updates = self.updates_after(batches)
         while updates < self.total_updates:
-            updates += 1
+            periods = (self.updates_per_epoch, self.checkpoint_every or self.total_updates)
+            updates = min(self.total_updates, *((updates // period + 1) * period for period in periods))
             stop = self.batch_after(updates)
             if self.validates(stop) or self.checkpoints(stop):
                 return stop

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import Points, losses, run_here, tiny_settings
 
@@ -161,3 +163,22 @@ def test_the_calendar_stops_for_validation_and_checkpoints_only() -> None:
     rare = Calendar(batches_per_epoch=5, epochs=4, validate_every=3, max_updates=17)
     assert [rare.next_stop(0), rare.next_stop(15)] == [15, 17]
     assert rare.validates(17) and not rare.validates(10)
+
+
+calendars = st.builds(
+    Calendar,
+    batches_per_epoch=st.integers(1, 12),
+    epochs=st.integers(1, 5),
+    accumulate=st.integers(1, 5),
+    max_updates=st.none() | st.integers(1, 30),
+    validate_every=st.integers(0, 3),
+    checkpoint_every=st.none() | st.integers(0, 9),
+)
+
+
+@given(calendars, st.integers(0, 60))
+def test_the_next_stop_is_the_first_update_after_which_something_is_due(calendar: Calendar, updates: int) -> None:
+    begin = min(updates, calendar.total_updates)
+    ends = (calendar.batch_after(update) for update in range(begin + 1, calendar.total_updates + 1))
+    due = (end for end in ends if calendar.validates(end) or calendar.checkpoints(end))
+    assert calendar.next_stop(calendar.batch_after(begin)) == next(due, calendar.total_batches)
