@@ -24,6 +24,7 @@ from pipeline.feed import Plan
 from pipeline.transport.protocol import Transport
 
 END, ABANDONED = -1, -2
+UNNUMBERED = 0  # messages about tickets of an earlier life may be of any batch
 REMEMBERED = 256  # tickets of batches long past are forgotten
 
 
@@ -87,13 +88,13 @@ class TicketBook:
 
     def _tell(self, k: int, ticket: int) -> None:
         for stage in range(1, self._stages):
-            self._transport.send(stage, "C", k, (torch.tensor([ticket, self.life]),))
+            self._transport.send(stage, "C", UNNUMBERED, (torch.tensor([k, ticket, self.life]),))
 
     def _hear(self, k: int) -> int:
         while True:
-            (told,) = self._transport.recv(0, "C", k)
-            ticket, life = told.tolist()
-            if life >= self.life:
+            (told,) = self._transport.recv(0, "C", UNNUMBERED)
+            number, ticket, life = told.tolist()
+            if life >= self.life and number >= k:
                 return int(ticket)
 
 

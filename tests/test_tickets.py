@@ -63,6 +63,17 @@ def test_the_last_stage_may_look_over_a_whole_update() -> None:
     assert last.ticket(3) == 3
 
 
+def test_what_was_told_in_an_earlier_life_is_passed_over_though_batches_are_numbered_on() -> None:
+    first, second = made = books(Coordinator(list(range(20))), 2)
+    assert first.ticket(2) == 2 == second.ticket(2)
+    first.ticket(3)
+    first.part(4)
+    for book in made:
+        book.life = 1
+        book.begin(0, 9)  # more were granted than were begun
+    assert first.ticket(9) == 9 == second.ticket(9)
+
+
 @pytest.mark.parametrize(("error", "abandoned"), [(Fenced("away"), False), (CoordinatorLost("gone"), True)])
 def test_whatever_ends_the_tickets_ends_them_at_the_same_batch_everywhere(error: Exception, abandoned: bool) -> None:
     for book in books(Coordinator([1, 2], error), 2):
