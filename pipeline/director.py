@@ -2,7 +2,7 @@
 
     worker                          Director                                    everybody
       hello ──────────────────────► Roll: the start barrier ─► welcome
-      begin, ticket ───────────────► Shares: who does which batch
+      begin, ticket ──────────────► Shares: who does which batch
       ready, final ───────────────► GroupScheduler: who averages with whom
       gather, first ──────────────► Gathers: one answer for all
       ping, silence, suspect ─────► Roll: who is alive ──────► lost, fenced, stop

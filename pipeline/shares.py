@@ -110,10 +110,8 @@ class Shares:
         if k in share.tickets:
             return share.tickets[k]
         if share.end is None:
-            ticket = self._give(share)
+            ticket = self._grant(share)
             if ticket is not None:
-                share.tickets[k] = share.under_way[k] = ticket
-                share.next_k = k + 1
                 return ticket
             share.end = k
         return None
@@ -127,13 +125,19 @@ class Shares:
         left = len(share.own) if self._even else self._left()
         tickets: list[int] = []
         while len(tickets) < min(AT_ONCE - 1, left // (SPARE * competing)):
-            ticket = self._give(share)
+            ticket = self._grant(share)
             if ticket is None:
                 break
-            share.tickets[share.next_k] = share.under_way[share.next_k] = ticket
-            share.next_k += 1
             tickets.append(ticket)
         return tickets
+
+    def _grant(self, share: _Share) -> int | None:
+        """A ticket for its next batch."""
+        ticket = self._give(share)
+        if ticket is not None:
+            share.tickets[share.next_k] = share.under_way[share.next_k] = ticket
+            share.next_k += 1
+        return ticket
 
     def _give(self, share: _Share) -> int | None:
         if share.own:

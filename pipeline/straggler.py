@@ -24,8 +24,9 @@ from pipeline.waiting import ExactClock
 
 RUNS_AHEAD_S = 0.01  # a host of its device, which hides what the host does between two ops
 WAS_THERE_S = 1e-4  # what comes in less time had not to be waited for
-WAITING = frozenset((Op.RECV_ACTIVATION, Op.RECV_GRADIENT, Op.RECV_TIED_GRADIENT, Op.RECV_TIED_WEIGHT, Op.NORM))
-WAITING |= {Op.WAIT, Op.REDUCE}  # what a device waits for
+WAITING = frozenset({  # what a device waits for
+    Op.RECV_ACTIVATION, Op.RECV_GRADIENT, Op.RECV_TIED_GRADIENT, Op.RECV_TIED_WEIGHT, Op.NORM, Op.WAIT, Op.REDUCE,
+})  # fmt: skip
 
 
 class Clock(Protocol):

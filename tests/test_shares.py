@@ -96,11 +96,17 @@ def test_a_slow_one_goes_on_while_it_helps_and_when_nobody_else_can() -> None:
     assert shares.over
 
 
-def test_news_that_comes_together_does_not_make_a_replica_look_infinitely_fast() -> None:
+def under_way(count: int, batches: int) -> Shares:
+    """Two replicas, `count` tickets; the first one has begun `batches` batches."""
     shares = Shares(2, even=False)
-    shares.begin(0, 0, 400)
-    for k in range(2):
+    shares.begin(0, 0, count)
+    for k in range(batches):
         shares.ask(0, k, 0.0)
+    return shares
+
+
+def test_news_that_comes_together_does_not_make_a_replica_look_infinitely_fast() -> None:
+    shares = under_way(400, 2)
     shares.done(0, 0, 0.1)
     shares.done(0, 1, 0.1)
     learn(shares, 1, 0.005, 3)
@@ -126,17 +132,12 @@ def test_tickets_come_ahead_of_time_while_there_are_many(even: bool) -> None:
 def test_the_last_tickets_are_handed_out_one_by_one() -> None:
     shares = Shares(2, even=False)
     shares.begin(0, 0, 100)
-    for k in range(88):
-        shares.ask(0, k, k)
-        shares.done(0, k, k)
+    learn(shares, 0, 1.0, 88)
     assert not shares.ahead(0, 87)
 
 
 def test_several_batches_are_through_at_once() -> None:
-    shares = Shares(2, even=False)
-    shares.begin(0, 0, 100)
-    for k in range(5):
-        shares.ask(0, k, 0.0)
+    shares = under_way(100, 5)
     shares.done(0, 0, 1.0)
     shares.done(0, 4, 9.0)
     shares.ask(0, 5, 9.0)
