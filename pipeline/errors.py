@@ -15,6 +15,10 @@ class CoordinatorLost(PeerLost):
     """The coordinator went away: nobody can form groups or hand out work any more."""
 
 
+class Forged(RuntimeError):
+    """What came over the network cannot be from a process of this job: refused in one line, and nothing of it runs."""
+
+
 class Fenced(RuntimeError):
     """This pipeline was declared lost while it was silent: it copies a live replica's state and joins again."""
 

@@ -2,6 +2,7 @@
 
 the user's mistake            one line                 status 2
 a peer went away              traceback, secondary     status 1     the launcher shows the peer's error, not this one
+a forged message              one line                 status 1
 anything else                 traceback                status 1
 """
 
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import Forged, PeerLost, UserError
 from pipeline.meeting import Channel
 
 USER_STATUS, ERROR_STATUS = 2, 1
@@ -43,6 +44,9 @@ def report_failures(control: Channel | None = None) -> Iterator[None]:
     except UserError as error:
         line = " ".join(str(error).split())
         _end(control, f"error: {line}\n", line, status=USER_STATUS, secondary=False)
+    except Forged as error:
+        line = f"error: {' '.join(str(error).split())}"
+        _end(control, f"{line}\n", line, status=ERROR_STATUS, secondary=False)
     except Exception as error:
         text = traceback.format_exc()
         _end(control, text, text, status=ERROR_STATUS, secondary=is_secondary(error))
