@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -27,6 +28,7 @@ from pipeline.partition import (
     needs_profile,
     save_profile,
 )
+from pipeline.plain import write_line
 from pipeline.report import RankReport, write_reports
 from pipeline.settings import Settings
 from pipeline.straggler import read_profile
@@ -207,7 +209,8 @@ def deadline(settings: Settings) -> float:
 
 
 def print_line(line: str) -> None:
-    print(line, flush=True)
+    """Prints a line, whatever the terminal can show."""
+    write_line(line, sys.stdout)
 
 
 def use_threads(world: World) -> None:

@@ -5,6 +5,7 @@ Only last stages know losses. The one of pipeline 0 speaks; those of the other p
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -18,6 +19,7 @@ from torch import Tensor
 from pipeline.calendar import Calendar
 from pipeline.metrics import JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, run_directory
 from pipeline.optim import LearningRate
+from pipeline.plain import finite, write_line
 from pipeline.report import peak_memory_bytes
 from pipeline.settings import Settings
 
@@ -139,23 +141,29 @@ class Journal:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same epoch line and curve; all last stages call this."""
         return {
-            "epoch_sums": self._sum_over_pipelines(self._epoch_sums),
-            "curve": self.log.curve,
-            "validations": self.log.validations,
+            "epoch_sums": finite(self._sum_over_pipelines(self._epoch_sums)),
+            "curve": finite(self.log.curve),
+            "validations": finite(self.log.validations),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` of the checkpointed run returned."""
-        self._epoch_sums = dict(state["epoch_sums"]) if self._speaks() else {}
-        self.log.curve = [(x, y) for x, y in state["curve"]]
-        self.log.validations = [(x, y) for x, y in state["validations"]]
+        sums = {name: _number(value) for name, value in state["epoch_sums"].items()}
+        self._epoch_sums = sums if self._speaks() else {}
+        self.log.curve = [(x, _number(y)) for x, y in state["curve"]]
+        self.log.validations = [(x, _number(y)) for x, y in state["validations"]]
 
     def close(self) -> None:
         self.log.close()
 
     def _say(self, line: str) -> None:
         if self._speaks():
-            _print(line)
+            write_line(line, sys.stdout)
+
+
+def _number(value: float | None) -> float:
+    """What JSON had no word for is no number."""
+    return math.nan if value is None else value
 
 
 class ElasticJournal(Journal):
@@ -224,8 +232,3 @@ def _writers(settings: Settings, *, append: bool) -> tuple[Writer, ...]:
     if settings.metrics is not None:
         writers.append(JsonLines(Path(settings.metrics), append=append))
     return tuple(writers)
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

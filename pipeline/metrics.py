@@ -9,7 +9,6 @@ Sums, not means, are collected and added over replicas, so uneven shards and sho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.plain import to_json
 
 Sums = Mapping[str, float]
 Means = Mapping[str, float]
@@ -161,8 +161,8 @@ class JsonLines:
             raise UserError(f"--metrics {path}: cannot be written ({error.strerror})") from None
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        flat = {"event": event, **{name: _finite(value) for name, value in values.items()}}
-        self._file.write(json.dumps(flat, allow_nan=False) + "\n")
+        plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+        self._file.write(to_json({"event": event, **plain}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -318,8 +318,3 @@ def _to_floats(values: list[Tensor | float]) -> list[float]:
         return [float(value) for value in values]
     read: list[float] = torch.stack(tensors).double().tolist()
     return read
-
-
-def _finite(value: Any) -> Any:
-    value = value.item() if isinstance(value, Tensor) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

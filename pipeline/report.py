@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import resource
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.plain import to_json
 from pipeline.trace import (
     Span,
     bubble_fraction,
@@ -187,9 +187,10 @@ def write_reports(
     validations: Curve,
     say: Callable[[str], None],
 ) -> list[Path]:
-    """Say the table, and write summary.txt, summary.json, trace.json, timeline.png and loss.png into `out`.
+    """Write summary.txt, summary.json, trace.json, timeline.png and loss.png into `out`, then say the table.
 
-    A picture of nothing (no spans, no losses) is not drawn.
+    A picture of nothing (no spans, no losses) is not drawn. One file that cannot be written keeps nobody from the
+    others, or from the table.
 
     Raises:
         UserError: the folder cannot be written.
@@ -198,7 +199,19 @@ def write_reports(
     text = summary_text(reports)
     if mixed := mixing_text(reports):
         text += mixed + "\n"
+    written, failed = _write_files(out, _files(reports, text, curve, validations))
     say(text.rstrip("\n"))
+    if written:
+        say("written: " + ", ".join(map(str, written)))
+    if failed is not None:
+        raise UserError(f"--out {out}: cannot be written ({failed.strerror or failed})")
+    return written
+
+
+def _files(
+    reports: Sequence[RankReport], text: str, curve: Curve, validations: Curve
+) -> dict[str, Callable[[Path], Any]]:
+    """What is to be written: the name of a file, and what writes it to a path."""
     spans = [span for report in _ordered(reports) for span in report.spans]
     values = {
         "totals": totals(reports),
@@ -208,22 +221,28 @@ def write_reports(
     }
     writers: dict[str, Callable[[Path], Any]] = {
         "summary.txt": lambda path: path.write_text(text, encoding="utf-8"),
-        "summary.json": lambda path: path.write_text(json.dumps(values, indent=1), encoding="utf-8"),
+        "summary.json": lambda path: path.write_text(to_json(values, indent=1), encoding="utf-8"),
     }
     if spans:
         writers["trace.json"] = lambda path: write_chrome_trace(path, spans)
         writers["timeline.png"] = lambda path: draw_timeline(path, spans)
     if curve or validations:
         writers["loss.png"] = lambda path: draw_losses(path, curve, validations)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
+    return writers
+
+
+def _write_files(out: Path, writers: Mapping[str, Callable[[Path], Any]]) -> tuple[list[Path], OSError | None]:
+    """The files that were written, and why the first other one was not."""
+    written: list[Path] = []
+    failed: OSError | None = None
+    for name, write in writers.items():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
             write(out / name)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    paths = [out / name for name in writers]
-    say("written: " + ", ".join(map(str, paths)))
-    return paths
+            written.append(out / name)
+        except OSError as error:
+            failed = failed or error
+    return written, failed
 
 
 def draw_timeline(path: str | Path, spans: Sequence[Span]) -> None:

@@ -45,6 +45,7 @@ FLOORS = {
     "pipeline.hetero": 0,
     "pipeline.outside": 0,
     "pipeline.placement": 0,
+    "pipeline.plain": 0,
     "pipeline.post": 0,
     "pipeline.roll": 0,
     "pipeline.settings": 0,

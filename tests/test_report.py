@@ -149,6 +149,36 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write_reports(tmp_path / "file" / "out", reports(), curve=[], validations=[], say=lambda text: None)
 
 
+def test_files_are_written_before_the_table_is_said(tmp_path: Path) -> None:
+    def closed(line: str) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError):
+        write_reports(tmp_path, reports(), curve=[], validations=[], say=closed)
+    assert (tmp_path / "summary.txt").stat().st_size > 0 and (tmp_path / "summary.json").stat().st_size > 0
+
+
+def test_one_file_that_cannot_be_written_keeps_nobody_from_the_table_and_the_others(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"--out .*: cannot be written \(Is a directory\)"):
+        write_reports(tmp_path, reports(), curve=[(1, 2.0)], validations=[], say=said.append)
+    assert "4 workers" in said[0] and (tmp_path / "loss.png").exists() and (tmp_path / "summary.txt").exists()
+
+
+def test_a_summary_of_losses_that_are_not_numbers_is_json(tmp_path: Path) -> None:
+    mixing = {"groups_of_2": 1, "waited_s": 0.0, "lost": [], "distance": float("nan")}
+    broken = [dataclasses.replace(report, mixing=mixing) for report in reports()]
+    curve = [(1.0, 2.0), (2.0, float("nan")), (3.0, float("inf"))]
+    write_reports(tmp_path, broken, curve=curve, validations=[(3.0, float("nan"))], say=lambda text: None)
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    values = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert values["curve"] == [[1.0, 2.0], [2.0, None], [3.0, None]] and values["validations"] == [[3.0, None]]
+
+
 def colours(path: Path) -> set[tuple[int, int, int]]:
     from matplotlib.image import imread
 
