@@ -29,8 +29,9 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from heturun.wire import split_address
+from pipeline.answers import Answer
 from pipeline.curve import curve_keys
-from pipeline.errors import CoordinatorLost, Fenced, TooFewReplicas, UserError
+from pipeline.errors import CoordinatorLost, Fenced, PeerLate, TooFewReplicas, UserError
 from pipeline.roll import JobRules as JobRules
 
 FRAME_BYTES = 1 << 20  # the coordinator takes no longer message
@@ -38,6 +39,7 @@ PAUSE_S = 0.5  # oversleeping by more than that means that this process was froz
 PROBE_S = 0.5
 FAREWELL_S = 2.0
 STRANGERS_TRIES = 20  # connections that are cut before their handshake: about 2 s
+GRACE_S = 30.0  # beyond every other limit, for a thread that would say why
 PATIENCE_S = 10.0  # the least silence of the coordinator that is taken for its end
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -91,7 +93,7 @@ class _Call(NamedTuple):
 _ERRORS: Mapping[str, Callable[[str], Exception]] = {
     "fenced": Fenced,
     "too few": TooFewReplicas,
-    "timeout": TimeoutError,
+    "timeout": PeerLate,
     "refused": ValueError,
     "over": JobOver,
     "replaced": Replaced,
@@ -106,8 +108,8 @@ class Client:
     """One worker's connection; its methods may be called by any thread. A process may have many.
 
     Futures fail with `Fenced` (this pipeline was declared lost: copy from `giver()`, then call `refreshed()`),
-    `CoordinatorLost`, `TooFewReplicas`, `TimeoutError` (which names who is missing), `JobOver`, `Replaced` or, for a
-    call that makes no sense, `ValueError`.
+    `CoordinatorLost`, `TooFewReplicas`, `PeerLate` (which names who is missing), `JobOver`, `Replaced` or, for a
+    call that makes no sense, `ValueError`. No wait for them is without end, whatever becomes of the thread.
 
     Args:
         address: the coordinator's, "host:port".
@@ -146,6 +148,8 @@ class Client:
         self._on_lost, self._on_joined = on_lost, on_joined
         self._ping_s = rules.heartbeat_timeout_s / 4
         self._patience_s = patience_s or max(PATIENCE_S, 5 * rules.heartbeat_timeout_s)
+        # the coordinator answers within `timeout_s`, once this thread has found it or given it up
+        self._longest_s = timeout_s + self._patience_s + GRACE_S
         self._server_key, self._keys = curve_keys(key, "server").public, curve_keys(key, "client")
         self._lock = threading.Lock()
         self._asked = 0
@@ -176,7 +180,8 @@ class Client:
 
         Raises:
             UserError: this worker's rules are not those of the others.
-            TimeoutError: somebody did not come in time.
+            PeerLate: somebody did not come in time.
+            CoordinatorLost: it cannot be reached, or this process has no means left to reach it.
         """
         fields = {
             "stage": self.stage,
@@ -258,10 +263,10 @@ class Client:
         if self._thread.ident is None:  # never started
             self._dispose()
         else:
-            self._thread.join()
+            self._thread.join(GRACE_S)
 
     def _ask(self, kind: str, fields: Message, decode: Callable[[Message], T]) -> Future[T]:
-        future: Future[T] = Future()
+        future: Future[T] = Answer(self._longest_s, f"the coordinator's answer ({kind})")
         with self._lock:
             failure = self._failure
             if failure is None and self._closed:
@@ -396,9 +401,8 @@ class Client:
     # --- the thread
 
     def _run(self) -> None:
-        line = _Line(self._context, self._address, self._identity, self._server_key, self._keys)
         try:
-            self._serve(line)
+            self._hold_line()
         except CoordinatorLost as error:
             text = str(error)
             self._fail(lambda: CoordinatorLost(text))
@@ -412,8 +416,20 @@ class Client:
                 self._outbox.clear()
             for call in calls:
                 _reject(call.future, self._failure())
-            line.close()
             self._dispose()
+
+    def _hold_line(self) -> None:
+        """Makes the connection and serves it to its end."""
+        try:
+            line = _Line(self._context, self._address, self._identity, self._server_key, self._keys)
+        except (zmq.ZMQError, OSError, ValueError) as error:  # no such address, or no file descriptors are left
+            raise CoordinatorLost(
+                f"no connection to the coordinator at {self._address} can be made: {error}"
+            ) from error
+        try:
+            self._serve(line)
+        finally:
+            line.close()
 
     @property
     def _identity(self) -> bytes:

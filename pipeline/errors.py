@@ -11,6 +11,10 @@ class PeerLost(RuntimeError):
     """A peer did not answer before the deadline, or its connection broke: this process fails because another did."""
 
 
+class PeerLate(PeerLost, TimeoutError):
+    """The others kept this process waiting for longer than --timeout; its words name whom it waited for."""
+
+
 class CoordinatorLost(PeerLost):
     """The coordinator went away: nobody can form groups or hand out work any more."""
 

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import zmq
 
+from pipeline.answers import Answer
 from pipeline.coordination import Client, JobOver, JobRules, Replaced, Welcome
 from pipeline.coordinator import FRAME_BYTES, Coordinator, spawn_coordinator
 from pipeline.curve import curve_keys
-from pipeline.errors import CoordinatorLost, Fenced, TooFewReplicas, UserError
+from pipeline.errors import CoordinatorLost, Fenced, PeerLate, PeerLost, TooFewReplicas, UserError
+from pipeline.failures import is_secondary
 
 KEY = bytes(range(32))
 SOON_S = 20.0  # far longer than anything here takes
@@ -171,8 +173,10 @@ def test_a_call_that_makes_no_sense_is_an_error_of_the_caller() -> None:
 def test_the_time_limit_names_who_is_missing() -> None:
     with coordinator() as server, job(server.address) as work:
         lone = work.client(0, timeout_s=0.1)
-        with pytest.raises(TimeoutError, match=r"waited 0.1 s \(hello\) for stage 0 of pipeline 1"):
+        with pytest.raises(PeerLate, match=r"waited 0.1 s \(hello\) for stage 0 of pipeline 1") as late:
             lone.hello()
+        assert is_secondary(late.value)  # the one that did not come is the cause, not the one that waited
+        assert isinstance(late.value, TimeoutError)
 
 
 def test_many_clients_in_one_process() -> None:
@@ -264,6 +268,55 @@ def knock_without_waiting(address: str, frames: Sequence[bytes]) -> None:
         sock.send_multipart(frames)
         sock.send_multipart(PING)
         assert sock.poll(SOON_S * 1000)
+
+
+# --- no way to the coordinator
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.1:x", "a b:4711", ""])
+def test_an_address_that_cannot_be_is_found_at_once(address: str) -> None:
+    with job(address) as work:
+        client = work.client(0)
+        with pytest.raises(CoordinatorLost, match=r"no connection to the coordinator at .* can be made"):
+            client.hello()
+        with pytest.raises(CoordinatorLost):
+            client.ready(1).result()
+
+
+NO_FILES_LEFT = """
+import os, resource, sys
+from pipeline.answers import Answer
+from pipeline.coordination import Client, JobRules
+from pipeline.errors import CoordinatorLost
+client = Client(sys.argv[1], bytes(32), JobRules(stages=1, pipelines=1), stage=0, pipeline=0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+try:
+    client.hello()
+except CoordinatorLost as error:
+    print(error)
+client.close()
+"""
+
+
+def test_without_file_descriptors_hello_ends_and_says_so() -> None:
+    command = [sys.executable, "-c", NO_FILES_LEFT, "127.0.0.1:4711"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SOON_S)
+    assert "no connection to the coordinator at 127.0.0.1:4711 can be made: Too many open files" in done.stdout, done
+
+
+def test_a_wait_ends_even_if_the_thread_never_answers() -> None:
+    stuck: Answer[int] = Answer(0.05, "the coordinator's answer (ready)")
+    for wait in (stuck.result, stuck.exception):
+        with pytest.raises(PeerLost, match=r"waited 0.05 s for the coordinator's answer \(ready\)"):
+            wait()
+    stuck.set_exception(PeerLate("waited 300 s for stage 1"))
+    with pytest.raises(PeerLate, match="for stage 1"):
+        stuck.result()
 
 
 # --- losses

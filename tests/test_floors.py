@@ -78,6 +78,7 @@ FLOORS = {
     "pipeline.cli": 3,
     "pipeline.diary": 3,
     "pipeline.emulated_task": 3,
+    "pipeline.answers": 3,
     "pipeline.coordination": 3,
     "pipeline.coordinator": 3,
     "pipeline.curve": 3,
