@@ -7,10 +7,11 @@ transport which messages to expect.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from time import perf_counter
 from typing import Any, Protocol
@@ -94,6 +95,11 @@ class _Mail:
     outputs: dict[int, Tensors] = field(default_factory=dict)
     gradients: dict[int, Tensors] = field(default_factory=dict)
     input_gradients: dict[int, Tensors] = field(default_factory=dict)
+
+    def left(self) -> dict[str, list[int]]:
+        """Micro-batches that nobody has fetched, by book; nothing after a program."""
+        books = {each.name: list(getattr(self, each.name)) for each in fields(self)}
+        return {name: numbers for name, numbers in books.items() if numbers}
 
 
 class Executor:
@@ -210,6 +216,12 @@ class Executor:
                 record(action, start, end)
             if op is Op.UPDATE and updated is not None:
                 updated(action.microbatch)
+        assert not self.left(), f"nobody has fetched {self.left()}"
+
+    def left(self) -> dict[str, list[int]]:
+        """Micro-batches that are still in some book of this executor or its stage; {} between two programs."""
+        in_flight = self.stage.in_flight
+        return self._mail.left() | ({"in flight": in_flight} if in_flight else {})
 
     def _look(self, ahead: deque[Action], program: Program, count: int) -> None:
         for action in islice(program, count):
@@ -244,23 +256,26 @@ class Executor:
     def _backward(self, microbatch: int) -> None:
         self._mail.outputs.pop(microbatch, None)
         gradients = self._mail.gradients.pop(microbatch, ())
-        self._mail.input_gradients[microbatch] = self.stage.backward(microbatch, gradients)
+        self._answer(microbatch, self.stage.backward(microbatch, gradients))
+
+    def _answer(self, microbatch: int, input_gradients: Tensors) -> None:
+        """What the stage before waits for; the first stage has nobody to answer."""
+        if self.position > 0:
+            self._mail.input_gradients[microbatch] = input_gradients
 
     def _send_gradient(self, microbatch: int) -> None:
         self.transport.send(self.position - 1, "G", microbatch, self._mail.input_gradients.pop(microbatch))
 
     def _norm(self, microbatch: int) -> None:
-        """Every stage tells every other its part; all add them in the order of the stages, so all get the same sum."""
-        parts = {self.position: self.stage.gradient_norm_squared()}
+        """Every stage tells every other the squares of its parameters; all get the same sum, whatever the cut."""
+        mine = self.stage.gradient_squares().cpu()
         others = [stage for stage in range(self.stages) if stage != self.position]
         for stage in others:
-            self.transport.send(stage, "N", microbatch, (parts[self.position],))
-        for stage in others:
-            parts[stage] = self.transport.recv(stage, "N", microbatch)[0]
-        self._apply = self.stage.apply_norm(float(sum(parts[stage] for stage in sorted(parts))))
+            self.transport.send(stage, "N", microbatch, (mine,))
+        theirs = [self.transport.recv(stage, "N", microbatch)[0] for stage in others]
+        self._apply = self.stage.apply_norm(_exact_sum(mine, *theirs))
 
     def _update(self, microbatch: int) -> None:
-        self._mail.input_gradients.pop(microbatch, None)
         if self._apply:
             hooks = self.hooks
             rate = hooks.rate_at(microbatch) if hooks.rate_at else hooks.learning_rate(self.stage.updates)
@@ -302,4 +317,12 @@ class Executor:
     def _acknowledge(self, microbatch: int) -> None:
         self._mail.outputs.pop(microbatch, None)
         self._mail.gradients.pop(microbatch, None)
-        self._mail.input_gradients[microbatch] = ()
+        self._answer(microbatch, ())
+
+
+def _exact_sum(*parts: Tensor) -> float:
+    """The sum of all float64 entries, rounded once: the same digits in whatever order and parts they come."""
+    try:
+        return math.fsum(value for part in parts for value in part.tolist())
+    except OverflowError:  # finite squares whose sum is not
+        return math.inf

@@ -30,6 +30,7 @@ from pipeline.partition import (
 )
 from pipeline.plain import write_line
 from pipeline.report import RankReport, write_reports
+from pipeline.schedules import edges
 from pipeline.settings import Settings
 from pipeline.straggler import read_profile
 from pipeline.threads import run_threads
@@ -71,7 +72,7 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     world.connect()
     hetero = read_profile(settings.hetero) if settings.hetero else EVEN
     check_places(hetero, world.places)
-    transport = transport or choose_transport(settings.backend, world)
+    transport = transport or choose_transport(settings.backend, world, edges(plan.schedule, plan.shape))
     transport = throttled(transport, hetero, world.row, stage=world.stage, device=world.device)
     trainer = make_trainer(plan, task, world, transport, hetero)
     if settings.resume_directory is not None:

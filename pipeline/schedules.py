@@ -274,6 +274,33 @@ def forward_only(stage: int, stages: int, feed: Sequence[int]) -> Program:
     return with_transfers(compute_order(feed, stages - stage), stage, stages)
 
 
+def destination(op: Op, stage: int, tie: tuple[int, int] | None = None) -> int | None:
+    """The stage that gets the tensors which this action of `stage` sends; None for an action that sends none."""
+    owner, borrower = tie or (None, None)
+    return {
+        Op.SEND_ACTIVATION: stage + 1,
+        Op.SEND_GRADIENT: stage - 1,
+        Op.SEND_TIED_GRADIENT: owner,
+        Op.SEND_TIED_WEIGHT: borrower,
+    }.get(op)
+
+
+def edges(schedule: Schedule, shape: Shape) -> frozenset[tuple[int, int]]:
+    """(source, destination) of every message between the devices of a pipeline, in training and validation.
+
+    Read off the programs of one update and of one micro-batch's validation; longer runs repeat them. Norms and tickets
+    are not among them: those go from host to host.
+    """
+    feed, stages = range(shape.microbatches * shape.accumulate), shape.stages
+    found = set()
+    for stage in range(stages):
+        for action in (*program(schedule, shape, stage, feed), *forward_only(stage, stages, range(1))):
+            to = destination(action.op, stage, shape.tie)
+            if to is not None:
+                found.add((stage, to))
+    return frozenset(found)
+
+
 def peak_versions(order: Iterable[Action]) -> int:
     """How many versions of the weights a stage holds at most: those of micro-batches in flight and the newest.
 

@@ -287,14 +287,25 @@ class Stage:
             return tensor.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         return tensor.to(self.device, non_blocking=True)
 
+    @property
+    def in_flight(self) -> list[int]:
+        """Micro-batches between their forward and their backward."""
+        return list(self._in_flight)
+
     # --- updates
 
-    def gradient_norm_squared(self) -> Tensor:
-        """Sum of squares of the accumulated gradients of the parameters this stage owns, unscaled: () float64."""
-        gradients = [gradient for gradient in self.weights.gradients if gradient is not None]
-        if not gradients:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return (torch.nn.utils.get_total_norm(gradients).double() / self.scaler.scale).square()
+    def gradient_squares(self) -> Tensor:
+        """Sum of squares of the accumulated gradient of each parameter this stage owns, unscaled: (slots,) float64.
+
+        Each is a matter of its parameter alone, so that it has the same digits wherever the model is cut.
+        """
+        gradients = self.weights.gradients
+        squares = torch.zeros(len(gradients), dtype=torch.float64, device=self.device)
+        present = [slot for slot, gradient in enumerate(gradients) if gradient is not None]
+        if present:
+            norms = torch._foreach_norm([g for g in gradients if g is not None], 2, dtype=torch.float64)
+            squares[present] = (torch.stack(norms) / self.scaler.scale).square()
+        return squares
 
     def apply_norm(self, squared: float) -> bool:
         """Unscales and clips by the norm of the whole gradient; False if the update must be skipped (overflow)."""

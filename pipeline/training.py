@@ -41,16 +41,10 @@ from pipeline.straggler import EmulatedDevice, Straggler, Waiting, make_straggle
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.trace import Recorder, shift
 from pipeline.transport.protocol import Transport
-from pipeline.transport.staged import StagedTransport
-from pipeline.transport.throttled import unlimited
 from pipeline.world import World
 
 EVEN = Profile()  # nobody is slowed down
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _nothing() -> None:
-    return None
 
 
 def _slowed_down(handlers: Handlers, *, device: EmulatedDevice | None, straggler: Straggler | None) -> Handlers:
@@ -200,7 +194,6 @@ class Trainer:
         return cuda_clock(self.world.device, record=self.recorder.record, end_step=self.recorder.end_step)
 
     def _make_executor(self, **more: Any) -> Executor:
-        release = self.transport.send_ready if isinstance(self.transport, StagedTransport) else _nothing
         pace = self.task.pace
         device = None if pace is None else EmulatedDevice(pace.seconds, pace.clock)
         straggler = make_straggler(
@@ -208,7 +201,7 @@ class Trainer:
             self.world.row[self.position],
             seed=self.settings.seed,
             device=self.world.device,
-            release=release,
+            release=self.transport.release,
             clock=device,
         )
         return Executor(
@@ -386,7 +379,7 @@ class Trainer:
         )
         hooks = self._validation_hooks(plan)
         training, self.executor.hooks = self.executor.hooks, hooks
-        with unlimited(self.transport):
+        with self.transport.unlimited():
             sums = self.executor.evaluate(schedules.forward_only(self.position, self.stages, range(plan.count)))
             self.transport.flush()
         self.executor.hooks = training

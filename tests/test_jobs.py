@@ -66,6 +66,15 @@ def test_two_pipelines_of_two_stages_equal_one_process_with_the_double_batch(tmp
     assert_close(final(tmp_path / "a"), final(tmp_path / "b"), 1e-6)
 
 
+def test_clipped_replicas_have_the_same_digits_cut_or_not_over_gloo_or_the_mesh(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task": {"train_size": 48}, "clip_grad_norm": 0.05, "microbatches": 2}
+    cuts = {"two": ("local_2x2", "local", "gpipe"), "one": ("local_1x2", "threads", "1f1b")}
+    for name, (layout, launcher, schedule) in cuts.items():
+        kept = str(tmp_path / f"{name}_kept")
+        heturun(tmp_path / name, layout, launcher=launcher, pipeline=schedule, checkpoint=kept, **options)
+    assert_close(final(tmp_path / "two_kept"), final(tmp_path / "one_kept"), 0.0)
+
+
 def test_replicas_without_a_pipeline_equal_one_process_with_the_double_batch(tmp_path: Path) -> None:
     options: dict[str, Any] = {"task": {"train_size": 48}, "pipeline": "dp", "microbatches": None}
     heturun(tmp_path / "two", "local_1x2", batch_size=8, checkpoint=str(tmp_path / "a"), **options)
@@ -86,7 +95,7 @@ def test_transports_agree_bit_for_bit(tmp_path: Path, schedule: str) -> None:
 
 
 def test_a_checkpoint_of_four_stages_resumes_with_two(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"task": {"batchnorm": True}, "checkpoint_every": 1, "keep": 99}
+    options: dict[str, Any] = {"task": {"batchnorm": True}, "checkpoint_every": 1, "keep": 99, "clip_grad_norm": 0.05}
     heturun(tmp_path / "whole", "local_4x1", checkpoint=str(tmp_path / "a"), partition="2,2,2,2", **options)
     begun = str(tmp_path / "b")
     heturun(tmp_path / "begun", "local_4x1", checkpoint=begun, partition="2,2,2,2", max_steps=7, **options)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.actions import Action, Op, parse, render
 from pipeline.errors import UserError
-from pipeline.schedules import SCHEDULES, Shape, compute_order, find_schedule, peak_versions, program, updates_of
+from pipeline.schedules import (
+    SCHEDULES,
+    Shape,
+    compute_order,
+    edges,
+    find_schedule,
+    peak_versions,
+    program,
+    updates_of,
+)
 
 
 def order(name: str, stage: int, stages: int, microbatches: int, count: int) -> str:
@@ -121,3 +132,19 @@ def test_a_tied_weight_leaves_after_it_was_mixed() -> None:
     shape = Shape(stages=2, mixing=True, tie=(0, 1))
     owner = render(program(SCHEDULES["gpipe"], shape, 0, range(1)))
     assert owner == "L0 F0 SA0 RG0 J0 B0 RT0 U0 W0 X0 SW0"
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "pipedream"])
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_devices_send_to_neighbours_and_the_ends_of_a_tie_only(
+    stages: int, name: str, norm: bool, accumulate: int
+) -> None:
+    microbatches = 1 if name == "pipedream" else 4
+    neighbours = {(s, s + 1) for s in range(stages - 1)} | {(s + 1, s) for s in range(stages - 1)}
+    shape = Shape(stages=stages, microbatches=microbatches, accumulate=accumulate, norm=norm)
+    assert edges(SCHEDULES[name], shape) == neighbours
+    for tie in ((0, stages - 1), (1, stages - 1)) if stages > 2 else ():
+        tied = dataclasses.replace(shape, tie=tie)
+        assert edges(SCHEDULES[name], tied) == neighbours | {tie, tie[::-1]}

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,8 +26,10 @@ from transport_worker import HOSTS, OF_ONE_BACKEND, STAGES, TOGETHER, World, run
 from pipeline.errors import UserError
 from pipeline.transport import resolve_backend
 from pipeline.transport.local import local_transports
-from pipeline.transport.protocol import Layout, Who, dense, describe, layout_of, undescribe
+from pipeline.transport.protocol import HOST_CHANNELS, Layout, Who, dense, describe, layout_of, undescribe
 from pipeline.transport.staged import StagedTransport
+from pipeline.transport.throttled import ThrottledTransport
+from pipeline.transport.torch_dist import _Outbox
 
 TESTS = Path(__file__).resolve().parent
 LIMIT_S = 200  # for a world that should take ten; the machine may be busy
@@ -240,22 +242,54 @@ class Done:
         self.copied = True
 
 
+class Slow(StagedTransport):
+    """Whose copies are over when an event in `events` says so."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner, torch.device("cpu"))
+        self.events: list[Done] = []
+
+    def _to_host(self, tensors: Any) -> Any:
+        self.events.append(Done())
+        return tensors, self.events[-1]
+
+
 def test_staged_sends_leave_in_order_once_copied_and_at_the_latest_before_a_wait() -> None:
     here, there = local_transports(2, timeout_s=5.0)
-    events: list[Done] = []
-
-    class Slow(StagedTransport):
-        def _to_host(self, tensors: Any) -> Any:
-            events.append(Done())
-            return tensors, events[-1]
-
-    staged = Slow(here, torch.device("cpu"))
+    staged = Slow(here)
     for microbatch in range(3):
         staged.send(1, "A", microbatch, (torch.tensor([float(microbatch)]),))
     assert staged.bytes_sent == 0
-    events[1].copied = True
+    staged.events[1].copied = True
     staged.post(1, "G", 0)
     assert staged.bytes_sent == 0, "message 1 left before message 0"
     there.send(0, "G", 0, (torch.ones(2),))
     staged.recv(1, "G", 0)
     assert [float(there.recv(0, "A", microbatch)[0]) for microbatch in range(3)] == [0.0, 1.0, 2.0]
+
+
+def test_a_pause_lets_finished_sends_go_also_through_a_wrapper() -> None:
+    here, there = local_transports(2, timeout_s=5.0)
+    staged = Slow(here)
+    limited = ThrottledTransport(staged, stage=0, limits={(1, 0): 1e9})
+    limited.send(1, "A", 0, (torch.ones(2),))
+    limited.release()
+    assert limited.bytes_sent == 0, "it is still being copied"
+    staged.events[0].copied = True
+    limited.release()
+    assert torch.equal(there.recv(0, "A", 0)[0], torch.ones(2))
+
+
+@pytest.mark.parametrize("channel", sorted(HOST_CHANNELS))
+def test_numbers_for_hosts_need_no_device(channel: str) -> None:
+    here, there = local_transports(2, timeout_s=5.0)
+    staged = Slow(here)
+    limits = {(0, 1): 1e9}
+    limited = ThrottledTransport(
+        staged, stage=0, limits=limits, device=torch.device("meta")
+    )  # a device without numbers
+    limited.send(1, channel, 0, (torch.ones(2),))
+    assert not staged.events, "a copy from the device was made and waited for"
+    (received,) = ThrottledTransport(there, stage=1, limits=limits).recv(0, channel, 0)
+    assert torch.equal(received, torch.ones(2))
+    assert _Outbox(1, channel, cast(Any, "NCCL")).carrier is None and _Outbox(1, "A", cast(Any, "NCCL")).carrier

@@ -8,6 +8,7 @@ GPUs over MPI or Gloo        the same through pinned host memory (ranks that sha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["Transport", "Who", "choose_transport"]
 
 
-def choose_transport(backend: str, world: World) -> Transport:
+def choose_transport(backend: str, world: World, edges: Collection[tuple[int, int]]) -> Transport:
     """The transport between the stages of `world`'s pipeline; collective over all ranks of the job.
 
     Args:
         backend: auto, mpi, gloo or nccl.
+        edges: (source, destination) of all messages between devices: `schedules.edges` of what will be run.
 
     Raises:
         UserError: a backend that cannot work here.
@@ -40,7 +42,7 @@ def choose_transport(backend: str, world: World) -> Transport:
     else:
         from pipeline.transport.torch_dist import TorchTransport
 
-        carrier = _nccl_carrier(world) if name == "nccl" else None
+        carrier = _nccl_carrier(world, edges) if name == "nccl" else None
         group = world.pipeline_group()
         assert group is not None
         transport = TorchTransport(group, who=who, timeout_s=world.timeout_s, carrier=carrier)
@@ -81,22 +83,19 @@ def _mpi(world: World, who: Who) -> Transport:
     )
 
 
-def _nccl_carrier(world: World) -> NcclCarrier:
+def _nccl_carrier(world: World, edges: Collection[tuple[int, int]]) -> NcclCarrier:
     """Two-rank NCCL groups for every directed edge of every pipeline, made by all ranks in the same order."""
     import torch.distributed as dist
 
     from pipeline.transport.nccl import NcclCarrier
 
-    edges: dict[tuple[int, int], dist.ProcessGroup] = {}
-    last = world.num_stages - 1
+    groups: dict[tuple[int, int], dist.ProcessGroup] = {}
     for pipeline in range(world.num_pipelines):
         ranks = [pipeline * world.num_stages + stage for stage in range(world.num_stages)]
-        pairs = {(s, t) for s in range(last) for t in (s + 1, last)} | {(0, last)}
-        for low, high in sorted(pairs):
-            for source, to in ((low, high), (high, low)):
-                group = dist.new_group([ranks[source], ranks[to]], backend="nccl")
-                if pipeline == world.pipeline and world.stage in (source, to):
-                    assert isinstance(group, dist.ProcessGroup)
-                    edges[source, to] = group
+        for source, to in sorted(edges):
+            group = dist.new_group([ranks[source], ranks[to]], backend="nccl")
+            if pipeline == world.pipeline and world.stage in (source, to):
+                assert isinstance(group, dist.ProcessGroup)
+                groups[source, to] = group
     mine = [world.pipeline * world.num_stages + stage for stage in range(world.num_stages)]
-    return NcclCarrier(edges, stage=world.stage, ranks=mine, device=world.device)
+    return NcclCarrier(groups, stage=world.stage, ranks=mine, device=world.device)

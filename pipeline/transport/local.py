@@ -7,12 +7,12 @@ from queue import Empty, Queue
 
 from torch import Tensor
 
-from pipeline.transport.protocol import CHANNELS, Tensors, Who
+from pipeline.transport.protocol import CHANNELS, AtOnce, Tensors, Who
 
 Queues = defaultdict[tuple[int, int, str], "Queue[tuple[int, Tensors]]"]
 
 
-class LocalTransport:
+class LocalTransport(AtOnce):
     """One stage's end. Tensors are copied on the way, since the sender's graph still refers to its own."""
 
     def __init__(self, who: Who, queues: Queues, *, timeout_s: float) -> None:

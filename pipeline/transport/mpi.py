@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.errors import PeerLost
 from pipeline.transport.pool import Ring, Slot
-from pipeline.transport.protocol import CHANNELS, Layout, Tensors, Who, dense, describe, layout_of, undescribe
+from pipeline.transport.protocol import CHANNELS, AtOnce, Layout, Tensors, Who, dense, describe, layout_of, undescribe
 
 POSTED_AHEAD = "AG"  # channels of which the next message is always expected
 PIECE_BYTES = 1 << 30  # MPI counts in 32 bits
@@ -75,7 +75,7 @@ class _Inbox:
         return slot
 
 
-class MpiTransport:
+class MpiTransport(AtOnce):
     """The transport of one stage.
 
     Args:

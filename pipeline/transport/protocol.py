@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ CHANNELS: Mapping[str, str] = {
     "N": "norm",
     "C": "ticket",
 }
+HOST_CHANNELS = frozenset("NC")  # numbers that hosts decide by: in host memory on both ends, whatever the device
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
@@ -48,11 +50,27 @@ class Transport(Protocol):
             PeerLost: nothing came before the deadline, or another micro-batch than expected.
         """
 
+    def release(self) -> None:
+        """Lets go of what is ready to leave, for a stage that will not call for a while; waits for nothing."""
+
     def flush(self) -> None:
         """Waits until everything sent has left this process (with the same deadline)."""
 
+    def unlimited(self) -> AbstractContextManager[object]:
+        """Whatever is sent inside travels at full speed, also over links that are slow for a simulation."""
+
     def close(self) -> None:
         """Gives up what is still posted."""
+
+
+class AtOnce:
+    """The part of a `Transport` that holds nothing back."""
+
+    def release(self) -> None:
+        return None
+
+    def unlimited(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class Layout(NamedTuple):

@@ -7,11 +7,12 @@ receive, before which everything that is due is sent (or two stages could wait f
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from pipeline.transport.protocol import Tensors, Transport
+from pipeline.transport.protocol import HOST_CHANNELS, Tensors, Transport
 
 
 class StagedTransport:
@@ -32,14 +33,17 @@ class StagedTransport:
         self._inner.bytes_sent = value
 
     def post(self, source: int, channel: str, microbatch: int) -> None:
-        self.send_ready()
+        self.release()
         self._inner.post(source, channel, microbatch)
 
     def send(self, to: int, channel: str, microbatch: int, tensors: Tensors) -> None:
-        self.send_ready()
+        self.release()
+        if channel in HOST_CHANNELS:  # no copy to wait for
+            self._inner.send(to, channel, microbatch, tensors)
+            return
         copies, event = self._to_host(tensors)
         self._due.append((event, (to, channel, microbatch, copies)))
-        self.send_ready()
+        self.release()
 
     def _to_host(self, tensors: Tensors) -> tuple[Tensors, Any]:
         if self._stream is None:
@@ -56,7 +60,7 @@ class StagedTransport:
             event.record(self._stream)
         return tuple(copies), event
 
-    def send_ready(self) -> None:
+    def release(self) -> None:
         while self._due and (self._due[0][0] is None or self._due[0][0].query()):
             self._inner.send(*self._due.popleft()[1])
 
@@ -70,6 +74,8 @@ class StagedTransport:
     def recv(self, source: int, channel: str, microbatch: int) -> Tensors:
         self._send_all()
         tensors = self._inner.recv(source, channel, microbatch)
+        if channel in HOST_CHANNELS:
+            return tensors
         if self._inbound is None:
             return tuple(tensor.to(self._device) for tensor in tensors)
         return self._to_device(tensors)
@@ -85,6 +91,9 @@ class StagedTransport:
                 received[-1].record_stream(current)
         current.wait_stream(self._inbound)
         return tuple(received)
+
+    def unlimited(self) -> AbstractContextManager[object]:
+        return self._inner.unlimited()
 
     def flush(self) -> None:
         self._send_all()

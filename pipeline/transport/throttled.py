@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from pipeline.hetero import Place, Profile
-from pipeline.transport.protocol import Tensors, Transport
+from pipeline.transport.protocol import HOST_CHANNELS, Tensors, Transport
+
+HOST = torch.device("cpu")
 
 
 class ThrottledTransport:
@@ -33,7 +35,7 @@ class ThrottledTransport:
         device: where `inner` wants its tensors. synchronize: waits until what is about to be sent has been computed.
 
     Attributes:
-        limited: whether messages sent from now on take their time; set to False for a validation.
+        limited: whether messages sent from now on take their time; not inside `unlimited`.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class ThrottledTransport:
         now_ns: Callable[[], int] = time.time_ns,
         wait: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._inner, self._device = inner, device or torch.device("cpu")
+        self._inner, self._device = inner, device or HOST
         self._outgoing = {to: rate for (source, to), rate in limits.items() if source == stage}
         self._incoming = frozenset(source for source, to in limits if to == stage)
         self._free_ns = dict.fromkeys(self._outgoing, 0)  # when a link will have carried what it was given
@@ -69,17 +71,18 @@ class ThrottledTransport:
     def send(self, to: int, channel: str, microbatch: int, tensors: Tensors) -> None:
         if to in self._outgoing:
             self._synchronize()
-            tensors = (*tensors, self._stamp(to, sum(tensor.nbytes for tensor in tensors)))
+            device = HOST if channel in HOST_CHANNELS else self._device
+            tensors = (*tensors, self._stamp(to, sum(tensor.nbytes for tensor in tensors), device))
         self._inner.send(to, channel, microbatch, tensors)
 
-    def _stamp(self, to: int, nbytes: int) -> torch.Tensor:
+    def _stamp(self, to: int, nbytes: int, device: torch.device) -> torch.Tensor:
         """When the message is due, and how long it is on its way: (2,) int64, in nanoseconds."""
         now_ns = self._now_ns()
         due_ns = now_ns
         if self.limited:
             due_ns = max(now_ns, self._free_ns[to]) + round(1e9 * nbytes / self._outgoing[to])
             self._free_ns[to] = due_ns
-        stamp = torch.tensor([due_ns, due_ns - now_ns], device=self._device)
+        stamp = torch.tensor([due_ns, due_ns - now_ns], device=device)
         self._stamp_bytes += stamp.nbytes
         return stamp
 
@@ -95,6 +98,18 @@ class ThrottledTransport:
         if left_ns > 0:
             self._wait(left_ns / 1e9)
 
+    def release(self) -> None:
+        self._inner.release()
+
+    @contextmanager
+    def unlimited(self) -> Iterator[None]:
+        self.limited = False
+        try:
+            with self._inner.unlimited():
+                yield
+        finally:
+            self.limited = True
+
     def flush(self) -> None:
         self._inner.flush()
         if self.limited:
@@ -102,19 +117,6 @@ class ThrottledTransport:
 
     def close(self) -> None:
         self._inner.close()
-
-
-@contextmanager
-def unlimited(transport: Transport) -> Iterator[None]:
-    """Whatever is sent inside travels at full speed."""
-    if not isinstance(transport, ThrottledTransport):
-        yield
-        return
-    transport.limited = False
-    try:
-        yield
-    finally:
-        transport.limited = True
 
 
 def throttled(

@@ -30,7 +30,19 @@ from torch import Tensor
 from pipeline.errors import PeerLost
 from pipeline.transport.nccl import NcclCarrier
 from pipeline.transport.pool import Ring, Slot
-from pipeline.transport.protocol import CHANNELS, Layout, Tensors, Who, bytes_of, dense, describe, layout_of, undescribe
+from pipeline.transport.protocol import (
+    CHANNELS,
+    HOST_CHANNELS,
+    AtOnce,
+    Layout,
+    Tensors,
+    Who,
+    bytes_of,
+    dense,
+    describe,
+    layout_of,
+    undescribe,
+)
 
 SMALL_BYTES = 16 << 10
 BRIEF_BYTES = 256 << 10  # the receive after such a message is posted after the next send, which somebody waits for
@@ -74,27 +86,28 @@ class _Envelope:
 
 
 class _Edge:
-    """One end of a channel: how its last message was laid out and numbered."""
+    """One end of a channel: how its last message was laid out and numbered, and who carries its tensors."""
 
-    def __init__(self, peer: int, channel: str) -> None:
+    def __init__(self, peer: int, channel: str, carrier: NcclCarrier | None) -> None:
         self.peer, self.channel = peer, channel
+        self.carrier = None if channel in HOST_CHANNELS else carrier
         self.tag = 3 * (1 + _NUMBER_OF[channel])
         self.layouts: tuple[Layout, ...] | None = None
         self.small = self.brief = True
         self.count = 0  # messages so far
         self.next_number = -1  # the micro-batch that follows
 
-    def adopt(self, layouts: tuple[Layout, ...], *, small_bytes: int) -> None:
+    def adopt(self, layouts: tuple[Layout, ...]) -> None:
         self.layouts = layouts
         nbytes = sum(layout.nbytes for layout in layouts)
-        self.small, self.brief = nbytes <= small_bytes, nbytes <= BRIEF_BYTES
+        self.small, self.brief = self.carrier is None and nbytes <= SMALL_BYTES, nbytes <= BRIEF_BYTES
 
 
 class _Outbox(_Edge):
     """The sending end: what has been sent and not been acknowledged, and envelopes to use again."""
 
-    def __init__(self, peer: int, channel: str) -> None:
-        super().__init__(peer, channel)
+    def __init__(self, peer: int, channel: str, carrier: NcclCarrier | None) -> None:
+        super().__init__(peer, channel, carrier)
         self.taken = 0  # messages that the peer has received
         self.pending: deque[_Alive] = deque()
         self.envelopes: list[_Envelope] = []
@@ -113,28 +126,28 @@ class _Outbox(_Edge):
 class _Inbox(_Edge):
     """The receiving end: the receives that are posted, and memory laid out like the last message."""
 
-    def __init__(self, peer: int, channel: str) -> None:
-        super().__init__(peer, channel)
+    def __init__(self, peer: int, channel: str, carrier: NcclCarrier | None) -> None:
+        super().__init__(peer, channel, carrier)
         self.envelope = _Envelope(())
         self.header: Any = None
         self.tensor: tuple[Slot, Any] | None = None
         self.rings: tuple[Ring, ...] = ()
 
-    def expect(self, layouts: tuple[Layout, ...], *, small_bytes: int) -> None:
+    def expect(self, layouts: tuple[Layout, ...]) -> None:
         """From now on messages are laid out like that."""
-        self.adopt(layouts, small_bytes=small_bytes)
+        self.adopt(layouts)
         self.envelope = _Envelope(layouts if self.small else ())
         self.rings = tuple(map(Ring, layouts))
 
 
-class TorchTransport:
+class TorchTransport(AtOnce):
     """The transport of one stage over a Gloo group of its pipeline.
 
     Args:
         group: the pipeline's stages, in order; rank s of the group is stage s.
         who: this stage, for messages.
         timeout_s: how long a receive waits.
-        carrier: what moves the tensors; Gloo itself where None.
+        carrier: what moves the tensors of devices; Gloo itself where None, and on the channels of hosts.
     """
 
     def __init__(
@@ -148,7 +161,6 @@ class TorchTransport:
         self._group, self._who, self._timeout_s = group, who, timeout_s
         self._timeout = timedelta(seconds=timeout_s)
         self._carrier = carrier
-        self._small_bytes = SMALL_BYTES if carrier is None else -1
         self._outboxes: dict[tuple[int, str], _Outbox] = {}
         self._inboxes: dict[tuple[int, str], _Inbox] = {}
         self._to_post: list[_Inbox] = []
@@ -161,7 +173,7 @@ class TorchTransport:
     def send(self, to: int, channel: str, microbatch: int, tensors: Tensors) -> None:
         outbox = self._outboxes.get((to, channel))
         if outbox is None:
-            outbox = self._outboxes[to, channel] = _Outbox(to, channel)
+            outbox = self._outboxes[to, channel] = _Outbox(to, channel, self._carrier)
         self._reap(outbox)
         outbox.count += 1
         if not outbox.fits(tensors):
@@ -183,18 +195,18 @@ class TorchTransport:
 
     def _send_large(self, outbox: _Outbox, microbatch: int, tensors: Tensors) -> None:
         due = self._to_acknowledge.get(outbox.peer, 0) >= ACKNOWLEDGE_EVERY
-        if due or microbatch != outbox.next_number or self._carrier is not None:
+        if due or microbatch != outbox.next_number or outbox.carrier is not None:
             envelope = self._envelope(outbox, microbatch)
             self._isend(outbox, envelope.memory, _TAG_HEADER, envelope)
         self._send_tensors(outbox, tensors, _TAG_TENSOR)
 
     def _send_described(self, outbox: _Outbox, microbatch: int, tensors: Tensors) -> None:
         """Tells the receiver of new layouts, in a header as long as the old ones require at most."""
-        wake = not outbox.small and self._carrier is None
+        wake = not outbox.small and outbox.carrier is None
         tensors = tuple(dense(tensor) for tensor in tensors)
         layouts = tuple(layout_of(tensor) for tensor in tensors)
         numbers = describe(layouts)
-        outbox.adopt(layouts, small_bytes=self._small_bytes)
+        outbox.adopt(layouts)
         outbox.envelopes.clear()
         header = _Envelope(())
         self._write(header, outbox, microbatch, len(numbers))
@@ -208,8 +220,8 @@ class TorchTransport:
     def _send_tensors(self, outbox: _Outbox, tensors: Tensors, tag: int) -> None:
         for tensor in tensors:
             self.bytes_sent += tensor.nbytes
-            if self._carrier is not None:
-                self._carrier.send(tensor, outbox.peer)
+            if outbox.carrier is not None:
+                outbox.carrier.send(tensor, outbox.peer)
             elif tensor.nbytes:
                 self._isend(outbox, bytes_of(tensor), tag, None)
 
@@ -263,14 +275,14 @@ class TorchTransport:
     def post(self, source: int, channel: str, microbatch: int) -> None:
         inbox = self._inboxes.get((source, channel))
         if inbox is None:
-            inbox = self._inboxes[source, channel] = _Inbox(source, channel)
+            inbox = self._inboxes[source, channel] = _Inbox(source, channel, self._carrier)
         self._post(inbox)
 
     def _post(self, inbox: _Inbox) -> None:
         """Expects the next header and, of a large message, the first tensor; in this order."""
         if inbox.header is None and not inbox.envelope.arrived:
             inbox.header = self._irecv(inbox, inbox.envelope.memory, _TAG_HEADER)
-        if not inbox.small and inbox.tensor is None and self._carrier is None:
+        if not inbox.small and inbox.tensor is None and inbox.carrier is None:
             ring = next(ring for ring in inbox.rings if ring.layout.nbytes)
             slot = ring.take()
             inbox.tensor = slot, self._irecv(inbox, slot.flat, _TAG_TENSOR)
@@ -326,13 +338,13 @@ class TorchTransport:
         if length:
             self._await(self._irecv(inbox, numbers, _TAG_OTHER), inbox, microbatch)
         inbox.tensor = None
-        inbox.expect(undescribe(numbers.tolist()), small_bytes=self._small_bytes)
+        inbox.expect(undescribe(numbers.tolist()))
         return self._tensors(inbox, microbatch, _TAG_OTHER)
 
     def _tensors(self, inbox: _Inbox, microbatch: int, tag: int) -> Tensors:
         """The tensors of a large message, the first of which may have come."""
-        if self._carrier is not None:
-            return tuple(self._carrier.recv(ring.layout, inbox.peer) for ring in inbox.rings)
+        if inbox.carrier is not None:
+            return tuple(inbox.carrier.recv(ring.layout, inbox.peer) for ring in inbox.rings)
         tensors = []
         for ring in inbox.rings:
             if inbox.tensor is not None and ring.layout.nbytes:
