@@ -26,6 +26,7 @@ from heturun.outcome import (
     Started,
     Wanted,
 )
+from heturun.porch import Porch, raise_file_limit
 
 SILENT_S = 5.0  # an agent's host that has not answered for so long is said to be silent
 LOOK_EVERY_S = 0.5
@@ -115,14 +116,13 @@ class Hub:
         self._order: str | None = None  # what agents that come late are told as well
         self._given_up: set[tuple[int, int]] = set()  # ranks and incarnations that must not start any more
         self._lock = threading.Lock()
-        self._listener = wire.listen(only_here=only_here)
-
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
+        listener = wire.listen(only_here=only_here)
+        self.port = int(listener.getsockname()[1])
+        self._porch = Porch(listener)
 
     def serve(self) -> None:
-        """Begins to accept connections, in threads."""
+        """Begins to accept connections, in threads; two per rank, beside those of strangers."""
+        raise_file_limit()
         threading.Thread(target=self._accept, name="hub", daemon=True).start()
         if self._lost_s > SILENT_S:
             threading.Thread(target=self._watch, name="hub-watch", daemon=True).start()
@@ -155,19 +155,18 @@ class Hub:
     def close(self) -> None:
         """Stops listening; agents that are still connected take it as an order to end everything."""
         self._closed.set()
-        self._listener.close()
+        self._porch.close()
         with self._lock:
             agents = list(self._agents)
         for agent in agents:
             agent.close()
 
     def _accept(self) -> None:
-        while True:
+        for sock in self._porch.arrivals():
             try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+                threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+            except RuntimeError:  # no more threads for now
+                self._porch.shut_out(sock)
 
     def _watch(self) -> None:
         """Tells of agents whose hosts fall silent, and of those that speak again."""
@@ -182,9 +181,12 @@ class Hub:
                 self._deliver(Silent(ranks, channel in now, incarnation))
 
     def _greet(self, sock: socket.socket) -> None:
-        channel = wire.accept(sock, self._key, lost_s=self._lost_s)
-        hello = channel.receive() if channel is not None else None
-        if channel is None or hello is None:
+        nonces = self._porch.admit(sock, self._key)
+        if nonces is None:
+            return
+        channel = wire.accepted(sock, self._key, nonces, lost_s=self._lost_s)
+        hello = channel.receive()
+        if hello is None:
             return
         incarnation = int(hello.get("incarnation", 0))
         if hello["type"] == "agent":

@@ -4,7 +4,7 @@ client                                server          both hold the secret key o
   <----------------------- nonce s ---
   --- nonce c, HMAC(key, "c" s c) --->                a stranger learns nothing and is dropped
   <------------- HMAC(key, "s" c s) ---
-  <==== 4-byte length, JSON object ===>
+  <==== 4-byte length, JSON object, sealed ===>     (heturun.seal) so that secrets may be sent
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import socket
 import struct
 import sys
 import threading
+import time
 from typing import Any
+
+from heturun.seal import Sealer
 
 Message = dict[str, Any]
 
 MAX_FRAME_BYTES = 64 << 20
 NONCE_BYTES = 32
 DIGEST_BYTES = 32
-HANDSHAKE_S = 10.0
+HANDSHAKE_S = 10.0  # for the whole of it, however slowly its bytes come
+TURNED_AWAY_S = (0.1, 0.3, 0.9)  # a busy server ends connections that are not through; after so long they try again
 LOST_S = 5  # a host that was switched off or cut off counts as lost after about this long
 OUTAGE_S = 120  # the same for elastic jobs, which go on meanwhile: the cable may be plugged in again
 PROBE_AFTER_S = 2  # of quiet the other host is asked, every second, whether it is still there
@@ -34,11 +38,11 @@ TCP_INFO_BYTES, LAST_ACK_RECEIVED = 104, 56  # of Linux's struct tcp_info, and w
 class Channel:
     """One end of a connection; `send` may be called by several threads, `receive` by one.
 
-    `lost_s`: an other end that is silent for so long counts as gone.
+    `sends`, `receives`: seal what goes either way. `lost_s`: an other end that is silent for so long counts as gone.
     """
 
-    def __init__(self, sock: socket.socket, *, lost_s: int = LOST_S) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, *, sends: Sealer, receives: Sealer, lost_s: int = LOST_S) -> None:
+        self._sock, self._sends, self._receives = sock, sends, receives
         self._sending = threading.Lock()
         sock.settimeout(None)
         _keep_alive(sock, lost_s)
@@ -47,18 +51,19 @@ class Channel:
         """Sends one message; raises `OSError` when the connection is gone."""
         data = json.dumps(message).encode()
         with self._sending:
-            self._sock.sendall(struct.pack(">I", len(data)) + data)
+            sealed = self._sends.close(data)
+            self._sock.sendall(struct.pack(">I", len(sealed)) + sealed)
 
     def receive(self) -> Message | None:
-        """The next message; None when the other end went away, however it went."""
+        """The next message; None when the other end went away, however it went, or somebody meddles."""
         try:
             (length,) = struct.unpack(">I", _read(self._sock, 4))
             if length > MAX_FRAME_BYTES:
                 return None
-            message: Message = json.loads(_read(self._sock, length))
-            return message
-        except (OSError, EOFError):
+            message = json.loads(self._receives.open(_read(self._sock, length)))
+        except (OSError, EOFError, ValueError, RecursionError):
             return None
+        return message if isinstance(message, dict) else None
 
     def finish(self) -> None:
         """Says that no more will be sent; what was sent still arrives."""
@@ -102,17 +107,26 @@ def connect(address: str, key: bytes, *, timeout_s: float, lost_s: int = LOST_S)
         OSError: nobody listens there, or no answer in time.
         PermissionError: the other end does not hold the key.
     """
+    for pause_s in TURNED_AWAY_S:
+        try:
+            return _connect(address, key, timeout_s=timeout_s, lost_s=lost_s)
+        except (PermissionError, ConnectionResetError):
+            time.sleep(pause_s)
+    return _connect(address, key, timeout_s=timeout_s, lost_s=lost_s)
+
+
+def _connect(address: str, key: bytes, *, timeout_s: float, lost_s: int) -> Channel:
     sock = socket.create_connection(split_address(address), timeout=timeout_s)
     try:
-        prove(sock, key, address)
+        nonces = prove(sock, key, address)
     except OSError:
         sock.close()
         raise
-    return Channel(sock, lost_s=lost_s)
+    return Channel(sock, sends=Sealer(key, b"c", nonces), receives=Sealer(key, b"s", nonces), lost_s=lost_s)
 
 
-def prove(sock: socket.socket, key: bytes, address: str) -> None:
-    """The client's half of the handshake on a connected socket, whose deadline counts.
+def prove(sock: socket.socket, key: bytes, address: str) -> bytes:
+    """The client's half of the handshake on a connected socket, whose deadline counts; returns both ends' nonces.
 
     Raises:
         PermissionError: the other end, at `address`, does not hold the key.
@@ -126,28 +140,30 @@ def prove(sock: socket.socket, key: bytes, address: str) -> None:
         raise PermissionError(f"{address} refused the key of this job") from error
     if not hmac.compare_digest(answer, _digest(key, b"s" + ours + theirs)):
         raise PermissionError(f"{address} does not hold the key of this job")
+    return theirs + ours
 
 
-def accept(sock: socket.socket, key: bytes, *, lost_s: int = LOST_S) -> Channel | None:
-    """The server's half of the handshake on an accepted connection; None for a stranger."""
-    return Channel(sock, lost_s=lost_s) if admit(sock, key) else None
+def accepted(sock: socket.socket, key: bytes, nonces: bytes, *, lost_s: int = LOST_S) -> Channel:
+    """The server's end of a connection that `admit` has let in, with these nonces."""
+    return Channel(sock, sends=Sealer(key, b"s", nonces), receives=Sealer(key, b"c", nonces), lost_s=lost_s)
 
 
-def admit(sock: socket.socket, key: bytes) -> bool:
-    """Whether the other end of an accepted connection holds the key; a stranger's connection is closed."""
+def admit(sock: socket.socket, key: bytes) -> bytes | None:
+    """Both ends' nonces if the other end of an accepted connection holds the key; a stranger's connection is closed."""
+    deadline = time.monotonic() + HANDSHAKE_S
     sock.settimeout(HANDSHAKE_S)
     try:
         ours = os.urandom(NONCE_BYTES)
         sock.sendall(ours)
-        answer = _read(sock, NONCE_BYTES + DIGEST_BYTES)
+        answer = _read(sock, NONCE_BYTES + DIGEST_BYTES, deadline)
         theirs, digest = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
         if hmac.compare_digest(digest, _digest(key, b"c" + ours + theirs)):
             sock.sendall(_digest(key, b"s" + theirs + ours))
-            return True
+            return ours + theirs
     except (OSError, EOFError):
         pass  # a port scanner, or a client that gave up
     sock.close()
-    return False
+    return None
 
 
 def listen(*, only_here: bool) -> socket.socket:
@@ -183,9 +199,12 @@ def _digest(key: bytes, message: bytes) -> bytes:
     return hmac.digest(key, message, "sha256")
 
 
-def _read(sock: socket.socket, count: int) -> bytes:
+def _read(sock: socket.socket, count: int, deadline: float | None = None) -> bytes:
+    """So many bytes; a deadline counts for all of them together."""
     parts: list[bytes] = []
     while count > 0:
+        if deadline is not None:
+            sock.settimeout(max(1e-3, deadline - time.monotonic()))
         part = sock.recv(min(count, 1 << 20))
         if not part:
             raise EOFError

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -37,6 +36,7 @@ from zmq.utils.z85 import encode as z85_encode
 
 from heturun.control import Control
 from heturun.elastic import STOPPED
+from heturun.porch import raise_file_limit
 from heturun.wire import join_address, split_address
 from pipeline.curve import curve_keys
 from pipeline.director import Director
@@ -282,14 +282,6 @@ def spawn_coordinator(key: bytes, address: str) -> tuple[subprocess.Popen[bytes]
     return process, words[1].decode()
 
 
-def _raise_limits() -> None:
-    """One descriptor per worker."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):  # macOS does not mean its "unlimited"
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _end_on_signals(coordinator: Coordinator) -> None:
     """Ended from outside while workers still need it, it has failed them."""
 
@@ -311,7 +303,7 @@ def main() -> None:
     parser.add_argument("--address", default=os.environ.get("HETURUN_ADDRESS") or "127.0.0.1", help="where to listen")
     parser.add_argument("--until-eof", action="store_true", help="end when stdin is closed before any worker came")
     options = parser.parse_args()
-    _raise_limits()
+    raise_file_limit()
     coordinator = Coordinator(bytes.fromhex(os.environ["HETURUN_KEY"]), options.address)
     _end_on_signals(coordinator)
     if options.until_eof:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from heturun.wire import admit, prove, split_address
+from heturun.wire import prove, split_address
 
 SOCKET_BYTES = 4 << 20  # a buffer that takes a whole small model, so that its sender need not wait for its receiver
 
@@ -139,14 +139,6 @@ def listen(host: str) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def welcome(sock: socket.socket, key: bytes, *, timeout_s: float) -> bool:
-    """Makes an accepted connection ready; False for a stranger, whose connection is closed."""
-    if not admit(sock, key):
-        return False
-    set_deadline(sock, timeout_s, receiving=False)  # the next frame may be long in coming
-    return True
 
 
 def tune(sock: socket.socket) -> None:

@@ -14,12 +14,13 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heturun.porch import Porch
 from heturun.wire import join_address
 from pipeline import frames
 from pipeline.errors import GroupBroken, PeerLost
@@ -30,7 +31,6 @@ from pipeline.rounds import Round, shaped_like
 from pipeline.transport.pool import Memory
 from pipeline.transport.protocol import DTYPES
 
-ACCEPT_AGAIN_S = 0.01
 CONNECTED = 16  # connections made before they are needed
 
 Swapper = Callable[[Tensor], "Tensor | None"]
@@ -70,8 +70,9 @@ class Mesh:
         self._swapper: Swapper | None = None
         self._provide: StateProvider | None = None
         self._closed = False
-        self._listener = frames.listen(address)
-        self.address = join_address(address, self._listener.getsockname()[1])
+        listener = frames.listen(address)
+        self.address = join_address(address, listener.getsockname()[1])
+        self._porch = Porch(listener)
         self._threads = [threading.Thread(target=self._accept, name="mesh", daemon=True)]
         self._threads[0].start()
 
@@ -311,14 +312,7 @@ class Mesh:
     # incoming connections
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                sleep(ACCEPT_AGAIN_S)  # whoever called has hung up already, or files have run out
-                continue
+        for sock in self._porch.arrivals():
             thread = threading.Thread(target=self._serve, args=(sock,), name="mesh-reader", daemon=True)
             with self._lock:
                 self._threads = [t for t in self._threads if t.is_alive()] + [thread]
@@ -329,11 +323,12 @@ class Mesh:
         caller = Caller(sock, own=self._mailbox.generation)
         with self._lock:
             if self._closed:
-                sock.close()
+                self._porch.shut_out(sock)
                 return
             self._callers[sock] = caller
         try:
-            if frames.welcome(sock, self._key, timeout_s=self._timeout_s):
+            if self._porch.admit(sock, self._key) is not None:
+                frames.set_deadline(sock, self._timeout_s, receiving=False)  # the next frame may be long in coming
                 while (header := frames.receive_header(sock)).kind != Kind.BYE:
                     caller.heard(header)
                     self._take(sock, header)
@@ -395,8 +390,7 @@ class Mesh:
             links, callers, threads = list(self._links.values()), list(self._callers.values()), list(self._threads)
             self._links.clear()
         self._mailbox.close()
-        frames.hang_up(self._listener)
-        self._listener.close()
+        self._porch.close()
         end_all(links, callers)
         for thread in threads:
             if thread is not threading.current_thread():

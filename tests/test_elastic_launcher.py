@@ -22,6 +22,7 @@ from heturun.elastic import CUT_OFF, END_S, LAST_CHECKPOINT_S, Fleet, GiveUp, Go
 from heturun.mpi import find_mpirun
 from heturun.outcome import SETTLE_S, Closed, Elastic, Event, Exited, Failed, Lost, Published, Silent, Started, Verdict
 from heturun.plan import COORDINATOR, Plan, plan_job
+from heturun.seal import Sealer
 from heturun.starters import Routes, Starters, start_message
 from heturun.wire import LOST_S, OUTAGE_S, Channel, listen
 from pipeline.placement import Placement, cpu
@@ -268,7 +269,8 @@ def connected_pair() -> tuple[Channel, Channel]:
     client = socket.create_connection(listener.getsockname())
     server, _ = listener.accept()
     listener.close()
-    return Channel(client, lost_s=OUTAGE_S), Channel(server)
+    one, other = Sealer(b"k", b"c", b"n"), Sealer(b"k", b"s", b"n")
+    return Channel(client, sends=one, receives=other, lost_s=OUTAGE_S), Channel(server, sends=other, receives=one)
 
 
 def plan_of(yaml: str, folder: Path, *extra: str) -> str:
