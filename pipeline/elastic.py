@@ -30,7 +30,7 @@ from pipeline.executor import Executor
 from pipeline.feed import Plan
 from pipeline.hetero import Profile
 from pipeline.journal import ElasticJournal
-from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer
+from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer, mean_of
 from pipeline.reduce import NoReducer, Reducer
 from pipeline.report import RankReport
 from pipeline.segments import Segments
@@ -64,7 +64,6 @@ class ElasticTrainer(Trainer):
         self.ticket = 0  # the last one that was begun here
         self._counted = 0  # batches whose samples are counted
         self.distance = 0.0  # between this replica and the mean, at the last stop
-        self._rate_now = 0.0
         self.hooks.rate_at = self._rate_at
         self.probe = ConsensusProbe(
             world.client.gather,
@@ -82,12 +81,13 @@ class ElasticTrainer(Trainer):
 
     def _mixing(self) -> dict[str, float]:
         """What mixing did so far, in numbers."""
-        stats, world = self.world.stats, self.world
+        world = self.world
+        stats = world.stats.now()
         return {
-            "partner": stats.mean_size,
+            "partner": mean_of(stats.sizes),
             "waited_s": stats.waited_s,
             "mixed_s": stats.mixed_s,
-            "staleness": stats.mean_staleness,
+            "staleness": mean_of(stats.staleness),
             "distance": self.distance,
             "mixed_bytes": world.mesh.bytes_sent,
             "lost": len(world.lost),
@@ -95,8 +95,8 @@ class ElasticTrainer(Trainer):
         }
 
     def report(self) -> RankReport:
-        stats, world = self.world.stats, self.world
-        mixing = {**self._mixing(), "broken": stats.broken, "lost": list(world.lost)}
+        world = self.world
+        mixing = {**self._mixing(), "broken": world.stats.now().broken, "lost": list(world.lost)}
         whole = super().report()
         return dataclasses.replace(
             whole,
@@ -122,18 +122,14 @@ class ElasticTrainer(Trainer):
         self._vector = vector
         if sync.policy == "none":
             return AsynchronousMixer(vector, sync, link, guard=self.guard)
-        rate = self._last_rate
         if not sync.blocking:
-            return OverlappedMixer(vector, sync, link, guard=self.guard, rate=rate)
+            return OverlappedMixer(vector, sync, link, guard=self.guard)
         after = self.stage.reset_momentum if settings.sync_momentum == "reset" else (lambda: None)
-        return BlockingMixer(vector, sync, link, guard=self.guard, rate=rate, after=after)
+        return BlockingMixer(vector, sync, link, guard=self.guard, after=after)
 
     def _speaks(self) -> bool:
         """Whether this pipeline's last stage logs for all: that of the lowest one that is live."""
         return self.world.pipeline == min(self.world.client.live, default=-1)
-
-    def _last_rate(self) -> float:
-        return self._rate_now
 
     def _make_journal(self) -> ElasticJournal:
         world = self.world
@@ -298,8 +294,7 @@ class ElasticTrainer(Trainer):
         return ticket
 
     def _rate_at(self, microbatch: int) -> float:
-        self._rate_now = self.rate(self.segments.update(self._ticket_of(microbatch)))
-        return self._rate_now
+        return self.rate(self.segments.update(self._ticket_of(microbatch)))
 
     def _updated(self, microbatch: int) -> None:
         self._end_step()
@@ -310,7 +305,7 @@ class ElasticTrainer(Trainer):
             if self.position == 0:
                 self.world.client.done(batch)
         self._counted = k + 1
-        self.world.diary.note("update", k=k, ticket=ticket, mixed=self.world.stats.mixed)
+        self.world.diary.note("update", k=k, ticket=ticket, mixed=self.world.stats.now().mixed)
         self.probe.updated(self.stage.updates)
         if self.journal is not None:
             self.journal.progressed(self.segments.batch(ticket) + 1, ticket, self.stage.take_sums())

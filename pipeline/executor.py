@@ -63,8 +63,8 @@ class Hooks:
 class Mixer(Protocol):
     """Keeps the weights of a stage together with those of its replicas; every method is called once per update."""
 
-    def request(self) -> None:
-        """Before the backward that leads to an update: asks for partners; returns at once."""
+    def request(self, rate: float) -> None:
+        """Before the backward that leads to an update at this learning rate: asks for partners; returns at once."""
 
     def wait(self) -> None:
         """After the update: returns when the partners are known."""
@@ -76,7 +76,7 @@ class Mixer(Protocol):
 class NoMixer:
     """A stage whose replicas share gradients, or that has none."""
 
-    def request(self) -> None:
+    def request(self, rate: float) -> None:
         return None
 
     def wait(self) -> None:
@@ -162,7 +162,7 @@ class Executor:
             Op.REDUCE: lambda microbatch: self.reducer.finish(),
             Op.NORM: self._norm,
             Op.UPDATE: self._update,
-            Op.JOIN: lambda microbatch: self.mixer.request(),
+            Op.JOIN: lambda microbatch: self.mixer.request(self._rate(microbatch)),
             Op.WAIT: lambda microbatch: self.mixer.wait(),
             Op.MIX: lambda microbatch: self.mixer.mix(),
             Op.SEND_TIED_GRADIENT: self._send_tied_gradient,
@@ -277,11 +277,15 @@ class Executor:
 
     def _update(self, microbatch: int) -> None:
         if self._apply:
-            hooks = self.hooks
-            rate = hooks.rate_at(microbatch) if hooks.rate_at else hooks.learning_rate(self.stage.updates)
+            rate = self._rate(microbatch)
             with self._guard:
                 self.stage.update(rate)
         self._apply = True
+
+    def _rate(self, microbatch: int) -> float:
+        """The learning rate of the next update, which follows this micro-batch."""
+        hooks = self.hooks
+        return hooks.rate_at(microbatch) if hooks.rate_at else hooks.learning_rate(self.stage.updates)
 
     def _send_tied_gradient(self, microbatch: int) -> None:
         assert self.tie is not None

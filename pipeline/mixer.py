@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,33 +38,58 @@ from pipeline.weights import Weights
 HARMLESS = (Fenced, CoordinatorLost, TooFewReplicas)  # the training loop meets them again where it can act on them
 
 
-@dataclass
-class MixStats:
-    """What mixing did and cost: group sizes, updates between a copy and its correction, seconds waited and mixed."""
+class Mixed(NamedTuple):
+    """What mixing has done and cost: group sizes, updates between a copy and its correction, seconds, broken groups."""
 
-    sizes: Counter[int] = field(default_factory=Counter)
-    staleness: Counter[int] = field(default_factory=Counter)
-    waited_s: float = 0.0
-    mixed_s: float = 0.0
-    broken: int = 0
-
-    @property
-    def mean_size(self) -> float:
-        return _mean(self.sizes)
+    sizes: Counter[int]
+    staleness: Counter[int]
+    waited_s: float
+    mixed_s: float
+    broken: int
 
     @property
     def mixed(self) -> int:
         """How often this replica was in company."""
         return sum(times for size, times in self.sizes.items() if size > 1)
 
-    @property
-    def mean_staleness(self) -> float:
-        return _mean(self.staleness)
 
-
-def _mean(counts: Counter[int]) -> float:
+def mean_of(counts: Counter[int]) -> float:
+    """The mean of what was counted, 0 where nothing was."""
     total = sum(counts.values())
     return sum(value * times for value, times in counts.items()) / total if total else 0.0
+
+
+class MixStats:
+    """Counts what the threads of a stage mix; whoever wants to know gets a copy, since they go on counting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sizes: Counter[int] = Counter()
+        self._staleness: Counter[int] = Counter()
+        self._waited_s = self._mixed_s = 0.0
+        self._broken = 0
+
+    def now(self) -> Mixed:
+        with self._lock:
+            return Mixed(self._sizes.copy(), self._staleness.copy(), self._waited_s, self._mixed_s, self._broken)
+
+    def met(self, size: int) -> None:
+        with self._lock:
+            self._sizes[size] += 1
+
+    def corrected(self, updates: int) -> None:
+        """A correction came so many updates after its copy."""
+        with self._lock:
+            self._staleness[updates] += 1
+
+    def broke(self) -> None:
+        with self._lock:
+            self._broken += 1
+
+    def spent(self, *, waiting_s: float = 0.0, mixing_s: float = 0.0) -> None:
+        with self._lock:
+            self._waited_s += waiting_s
+            self._mixed_s += mixing_s
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ class Link:
 
     def joined(self, answer: Future[Answered]) -> Group:
         group = Group(*answer.result())
-        self.stats.sizes[len(group.members)] += 1
+        self.stats.met(len(group.members))
         return group
 
 
@@ -120,7 +145,7 @@ class Conversation:
         try:
             answer = fetch()
         except GroupBroken as broken:
-            self._link.stats.broken += 1
+            self._link.stats.broke()
             error: Exception = broken
         except HARMLESS as harmless:
             error = harmless
@@ -149,7 +174,7 @@ class BlockingMixer:
     """Mixes between two steps.
 
     Args:
-        rate: the learning rate of the last update. after: called when weights were mixed (a momentum policy).
+        after: called when weights were mixed (a momentum policy).
     """
 
     def __init__(
@@ -159,21 +184,20 @@ class BlockingMixer:
         link: Link,
         *,
         guard: AbstractContextManager[Any],
-        rate: Callable[[], float],
         after: Callable[[], object] = lambda: None,
     ) -> None:
         self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
-        self._rate, self._after = rate, after
+        self._after = after
         self.step = 0
         self._x = vector.read()  # what the dialogue works on; filled when its partners are known
         self._talk: Conversation | None = None
         self._partners: Future[Answered] | None = None
 
-    def request(self) -> None:
+    def request(self, rate: float) -> None:
         self.step += 1
         if self._x.numel() != self._vector.size:  # the optimiser's state has come into being
             self._x = self._vector.read()
-        self._talk = Conversation(self._sync.mix(self._x, self.step, learning_rate=self._rate()), self._link)
+        self._talk = Conversation(self._sync.mix(self._x, self.step, learning_rate=rate), self._link)
         asked = self._talk.request
         self._partners = None
         if isinstance(asked, Join):
@@ -183,7 +207,7 @@ class BlockingMixer:
         if self._partners is not None:
             started = perf_counter()
             self._partners.exception()
-            self._link.stats.waited_s += perf_counter() - started
+            self._link.stats.spent(waiting_s=perf_counter() - started)
 
     def mix(self) -> None:
         talk, x, partners = self._talk, self._x, self._partners
@@ -199,7 +223,7 @@ class BlockingMixer:
                 self._vector.write(result)
             self._after()
         self._talk = None
-        self._link.stats.mixed_s += perf_counter() - started
+        self._link.stats.spent(mixing_s=perf_counter() - started)
 
     def drain(self) -> None:
         return None
@@ -230,10 +254,9 @@ class OverlappedMixer:
         link: Link,
         *,
         guard: AbstractContextManager[Any],
-        rate: Callable[[], float],
     ) -> None:
         self._vector, self._sync, self._link, self._guard = vector, sync, link, guard
-        self._rate = rate
+        self._rate = 0.0  # of the update under way
         self.step = 0
         self._copy = vector.read()  # the memory of all snapshots, of which there is one at a time
         self._job: _Job | None = None
@@ -241,8 +264,9 @@ class OverlappedMixer:
         self._thread = threading.Thread(target=self._work, daemon=True, name="overlapped-mixing")
         self._thread.start()
 
-    def request(self) -> None:
+    def request(self, rate: float) -> None:
         self.step += 1
+        self._rate = rate
 
     def wait(self) -> None:
         return None
@@ -252,15 +276,15 @@ class OverlappedMixer:
         if self._job is not None and self._job.done.is_set():
             self._correct(self._job)
         if self._job is None:
-            self._job = _Job(self._snapshot(), self.step, self._rate())
+            self._job = _Job(self._snapshot(), self.step, self._rate)
             self._jobs.put(self._job)
-        self._link.stats.mixed_s += perf_counter() - started
+        self._link.stats.spent(mixing_s=perf_counter() - started)
 
     def drain(self) -> None:
         if self._job is not None:
             started = perf_counter()
             self._job.done.wait()
-            self._link.stats.waited_s += perf_counter() - started
+            self._link.stats.spent(waiting_s=perf_counter() - started)
             self._correct(self._job)
 
     def close(self) -> None:
@@ -278,7 +302,7 @@ class OverlappedMixer:
         if job.error is not None:
             raise job.error
         if job.correction is not None:
-            self._link.stats.staleness[self.step - job.step] += 1
+            self._link.stats.corrected(self.step - job.step)
             with self._guard:
                 self._vector.add(job.correction)
 
@@ -324,7 +348,7 @@ class AsynchronousMixer:
         self._thread = threading.Thread(target=self._work, daemon=True, name="asynchronous-mixing")
         self._thread.start()
 
-    def request(self) -> None:
+    def request(self, rate: float) -> None:
         self.step += 1
 
     def wait(self) -> None:
@@ -341,7 +365,7 @@ class AsynchronousMixer:
         if self._idle.is_set():
             self._idle.clear()
             self._steps.put(self.step)
-        self._link.stats.mixed_s += perf_counter() - started
+        self._link.stats.spent(mixing_s=perf_counter() - started)
 
     def drain(self) -> None:
         self._idle.wait()
@@ -358,7 +382,7 @@ class AsynchronousMixer:
         if self._pending is not None:
             with self._guard:
                 self._vector.add(self._pending)
-            self._link.stats.staleness[self.step - self._since] += 1
+            self._link.stats.corrected(self.step - self._since)
             self._pending = None
 
     def _add(self, delta: Tensor) -> None:
@@ -369,7 +393,7 @@ class AsynchronousMixer:
             self._pending, self._since = delta, self.step
         else:
             self._pending = self._pending + delta
-        self._link.stats.sizes[2] += 1
+        self._link.stats.met(2)
 
     def _answer(self, theirs: Tensor) -> Tensor | None:
         """The passive side: gives the mirror as it was, keeps half of the difference; None while it is drained."""
@@ -428,7 +452,7 @@ class MeshReducer:
         started = perf_counter()
         group = self._link.joined(self._link.client.ready(self._step, ""))
         met = perf_counter()
-        self._link.stats.waited_s += met - started
+        self._link.stats.spent(waiting_s=met - started)
         if len(group.members) > 1:
             slots, leaves = self._weights.slots, self._weights.newest.leaves
             pairs = zip(self._weights.gradients, leaves, strict=True)
@@ -436,4 +460,4 @@ class MeshReducer:
             mean = self._link.mesh.average(flat, group.members, group.round, generations=group.generations)
             parts = torch.split(mean, [slot.size for slot in slots])
             self._weights.gradients[:] = [part.view(slot.shape) for part, slot in zip(parts, slots, strict=True)]
-        self._link.stats.mixed_s += perf_counter() - met
+        self._link.stats.spent(mixing_s=perf_counter() - met)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
+from functools import partial
+from pipes import Job, Unsplit, assert_equal, small_mlp
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.assemble import make_stage
 from pipeline.coordination import Group
 from pipeline.errors import Fenced, GroupBroken
-from pipeline.mixer import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer
+from pipeline.executor import Executor, Hooks
+from pipeline.mixer import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer, mean_of
+from pipeline.optim import cosine, warm_up
+from pipeline.schedules import SCHEDULES, Shape, program
+from pipeline.stage import Stage
 from pipeline.sync.adpsgd import AdPsgd
 from pipeline.sync.local_sgd import Calendar, LocalSgd
+from pipeline.sync.outer import Outer, SlowMo
 from pipeline.sync.preduce import PartialReduce
+from pipeline.transport.local import local_transports
+from pipeline.vector import StageVector
 
 WAIT_S = 20.0
 
@@ -89,7 +100,7 @@ def link(room: Room, pipeline: int, error: Exception | None = None) -> Link:
 
 
 def step(mixer: Any, weights: Weights, change: float = 0.0) -> None:
-    mixer.request()
+    mixer.request(0.1)
     weights.add(torch.full_like(weights.x, change))
     mixer.wait()
     mixer.mix()
@@ -116,7 +127,7 @@ def test_blocking_replicas_are_equal_after_a_group_of_all() -> None:
     room, models = Room(3), replicas(3)
     before = mean(models)
     mixers = [
-        BlockingMixer(weights, PartialReduce(blocking=True), link(room, n), guard=nullcontext(), rate=lambda: 0.1)  # type: ignore[arg-type]
+        BlockingMixer(weights, PartialReduce(blocking=True), link(room, n), guard=nullcontext())  # type: ignore[arg-type]
         for n, weights in enumerate(models)
     ]
     together(*(lambda m=m, w=w: step(m, w, 1.0) for m, w in zip(mixers, models, strict=True)))  # type: ignore[misc]
@@ -128,7 +139,7 @@ def test_a_step_without_an_average_leaves_everything_alone() -> None:
     (weights,) = replicas(1)
     before = weights.read()
     sync = LocalSgd(Calendar(local_steps=2))
-    mixer = BlockingMixer(weights, sync, link(Room(1), 0), guard=nullcontext(), rate=lambda: 0.1)  # type: ignore[arg-type]
+    mixer = BlockingMixer(weights, sync, link(Room(1), 0), guard=nullcontext())  # type: ignore[arg-type]
     step(mixer, weights)
     assert torch.equal(weights.x, before)
 
@@ -137,24 +148,24 @@ def test_a_step_without_an_average_leaves_everything_alone() -> None:
 def test_a_group_that_breaks_leaves_the_weights_as_they_are(error: Exception) -> None:
     (weights,) = replicas(1)
     before, broken = weights.read(), link(Room(2), 0, error)
-    mixer = BlockingMixer(weights, PartialReduce(blocking=True), broken, guard=nullcontext(), rate=lambda: 0.1)  # type: ignore[arg-type]
+    mixer = BlockingMixer(weights, PartialReduce(blocking=True), broken, guard=nullcontext())  # type: ignore[arg-type]
     step(mixer, weights)
     assert torch.equal(weights.x, before)
-    assert broken.stats.broken == isinstance(error, GroupBroken)
+    assert broken.stats.now().broken == isinstance(error, GroupBroken)
 
 
 def test_overlapped_corrections_come_later_and_preserve_the_mean() -> None:
     room, models = Room(2), replicas(2)
     before = mean(models)
     mixers = [
-        OverlappedMixer(weights, PartialReduce(blocking=False), link(room, n), guard=nullcontext(), rate=lambda: 0.1)  # type: ignore[arg-type]
+        OverlappedMixer(weights, PartialReduce(blocking=False), link(room, n), guard=nullcontext())  # type: ignore[arg-type]
         for n, weights in enumerate(models)
     ]
     step(mixers[0], models[0])
     only_own = models[0].read()
     step(mixers[1], models[1])
     for mixer in mixers:  # whatever is trained meanwhile stays
-        mixer.request()
+        mixer.request(0.1)
     models[0].add(torch.ones(7))
     assert torch.equal(models[0].x, only_own + 1)
     together(*(mixer.drain for mixer in mixers))
@@ -184,4 +195,98 @@ def test_asynchronous_swaps_preserve_the_mean_and_bring_replicas_together() -> N
         mixer.close()
     torch.testing.assert_close(mean(models), before, atol=1e-5, rtol=1e-5)
     assert max(float((w.x - before).norm()) for w in models) < apart
-    assert sum(one.stats.sizes[2] for one in links) > 0
+    assert sum(one.stats.now().sizes[2] for one in links) > 0
+
+
+def test_whoever_reads_the_statistics_is_not_disturbed_by_those_who_count() -> None:
+    stats = MixStats()
+    stats.met(2)
+    known = stats.now()
+    for size in known.sizes:  # a journal adds up while a partner's swap is answered on another thread
+        stats.met(size + 1)
+        stats.corrected(size)
+    assert known.sizes == {2: 1} and not known.staleness
+    stats.spent(waiting_s=0.5, mixing_s=0.25)
+    stats.broke()
+    assert stats.now() == (Counter({2: 1, 3: 1}), Counter({2: 1}), 0.5, 0.25, 1)
+    assert stats.now().mixed == 2 and mean_of(stats.now().sizes) == 2.5
+
+
+# --- the learning rate at the time of mixing
+
+RATE = warm_up(0.2, updates=3, then=cosine(0.2, start=3, end=9))
+UPDATES = 8
+
+
+def small_job() -> Job:
+    model = small_mlp()
+    return Job(model=model, counts=(len(model.blocks),), schedule="dp", batches=2 * UPDATES, seed=3)
+
+
+def plain_stage(job: Job) -> Stage:
+    """Plain SGD: without momentum of its own."""
+    make = partial(torch.optim.SGD, lr=1.0)
+    return make_stage(job.model, job.counts, 0, make, seed=job.seed, criterion=job.criterion, window=1)
+
+
+def train(job: Job, stage: Stage, mixer: Any, samples: Callable[[int], int]) -> None:
+    """All updates of one replica, which reads the micro-batches that `samples` names."""
+    hooks = Hooks(
+        inputs=lambda m: job.batch(samples(m))[0],
+        targets=lambda m: (job.batch(samples(m))[1], job.criterion.count(job.batch(samples(m))[1])),
+        learning_rate=RATE,
+    )
+    end = local_transports(1)[0]
+    executor = Executor(stage, end, position=0, stages=1, hooks=hooks, mixer=mixer)
+    executor.run(program(SCHEDULES["dp"], Shape(stages=1, mixing=True), 0, range(UPDATES)))
+    mixer.drain()
+    mixer.close()
+
+
+class Listening(PartialReduce):
+    """Remembers at which rate it was told to mix after which step."""
+
+    def mix(self, x: Tensor, step: int, *, learning_rate: float = 1.0) -> Any:
+        heard.append((step, learning_rate))
+        return super().mix(x, step, learning_rate=learning_rate)
+
+
+heard: list[tuple[int, float]] = []
+
+
+@pytest.mark.parametrize("kind", [BlockingMixer, OverlappedMixer])
+def test_a_dialogue_hears_the_rate_of_the_update_it_mixes(kind: Any) -> None:
+    heard.clear()
+    job = small_job()
+    stage = plain_stage(job)
+    sync = Listening(blocking=kind is BlockingMixer)
+    train(job, stage, kind(StageVector(stage), sync, link(Room(1), 0), guard=nullcontext()), lambda m: m)
+    assert heard and heard[0] == (1, RATE(0)), "the first update has a rate too"
+    assert all(rate == RATE(step - 1) for step, rate in heard)
+    assert kind is OverlappedMixer or len(heard) == UPDATES
+
+
+def test_slowmo_after_every_step_equals_its_recurrence() -> None:
+    """x <- a - alpha lr u, u <- beta u + (a - mean of the replicas' steps from a) / lr, with lr of that very step."""
+    alpha, beta, job, room = 0.8, 0.6, small_job(), Room(2)
+    stages = [plain_stage(job) for _ in range(2)]
+    mixers = []
+    for number, stage in enumerate(stages):
+        vector = StageVector(stage)
+        sync = LocalSgd(Calendar(local_steps=1), Outer(SlowMo(alpha=alpha, beta=beta)))
+        sync.begin(vector.read())
+        mixers.append(BlockingMixer(vector, sync, link(room, number), guard=nullcontext()))
+    together(*(lambda n=n: train(job, stages[n], mixers[n], lambda m: 2 * m + n) for n in range(2)))  # type: ignore[misc]
+
+    unsplit = Unsplit(job)
+    weights = [p for module in unsplit.modules for p in module.parameters()]
+    slow = [torch.zeros_like(p) for p in weights]
+    for step in range(UPDATES):
+        for number in range(2):  # the mean of the two steps from a is one step along the mean of the gradients
+            (unsplit.loss(unsplit.modules, 2 * step + number) / 2).backward()
+        for p, u in zip(weights, slow, strict=True):
+            u.mul_(beta).add_(p.grad)
+            p.data.sub_(u, alpha=alpha * RATE(step))
+            p.grad = None
+    for stage in stages:
+        assert_equal(stage.model_state(), unsplit.state(), tolerance=2e-5)
