@@ -1,54 +1,60 @@
 """Checkpoints keyed by parameter name, through torch.distributed.checkpoint: any number of stages reads any other's.
 
     DIR/step-00000100/   .metadata  __0_0.distcp  __1_0.distcp   one file of tensors per stage, and who holds which
-                         checkpoint.json                         LR, seeds, data position ...; size and CRC of each file
-    DIR/latest           "step-00000100"
-    DIR/.step-00000200.tmp-5f0c/                                 being written: nobody reads it
+                         checkpoint.json                         LR, seeds, data position ...; sums of all files
 
-A folder gets its name by one rename after everything in it has reached the disk, and `latest` changes by another, so a
-kill at any moment leaves the last good checkpoint. Tensors are named "model.<parameter>", "optim.<parameter>.<state>"
-or as the caller likes; a stage passes its own, and asks for its own.
+Every stage writes alone, without a word to the others: its tensors into the folder that the first has made, with a list
+of its own. The first makes one list of all, asks whether it still may, and gives the folder its name
+(`pipeline.checkpoint_folder`), so that a kill at any moment leaves the last good checkpoint. Tensors are named
+"model.<parameter>", "optim.<parameter>.<state>" or as the caller likes; a stage passes its own, and asks for its own.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import re
-import secrets
 import shutil
 import socket
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pipeline.errors import PeerLost, UserError
+from pipeline import tensor_list
+from pipeline.checkpoint_folder import (
+    VALUES_FILE,
+    Writer,
+    begin,
+    checkpoints,
+    next_number,
+    passing_writer,
+    publish,
+)
+from pipeline.checkpoint_folder import find_latest as find_latest
+from pipeline.description import Description, from_text, to_text
+from pipeline.durable import FileSum, first_line, replacing, sum_of, why_not_written, write_bytes
+from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewReplicas, UserError
+from pipeline.json_exchange import gather_values
 
-VALUES_FILE = "checkpoint.json"
 METADATA_FILE = ".metadata"
-POINTER = "latest"
-_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
-_UNFINISHED = re.compile(r"\.(step-.*|latest)\.tmp-[0-9a-f]+")
-_CHUNK_BYTES = 1 << 20
+_TOLD: Mapping[str, type[Exception]] = {
+    kind.__name__: kind for kind in (CoordinatorLost, Fenced, PeerLost, TooFewReplicas)
+}
+
+_CLEAR: tuple[type[Exception], ...] = (UserError, Forged, *_TOLD.values())  # say by themselves what is the matter
 
 
-class FileSum(NamedTuple):
-    """What a file must look like: its size in bytes and its CRC-32."""
-
-    size: int
-    crc: int
+def _nothing() -> None:
+    return None
 
 
 def save(
@@ -59,44 +65,43 @@ def save(
     values: Mapping[str, Any],
     keep: int = 3,
     group: dist.ProcessGroup | None = None,
+    writer: Writer | None = None,
+    ask: Callable[[], object] = _nothing,
+    finite: Collection[str] = (),
 ) -> Path:
     """Write one checkpoint and return its folder; called by every rank of `group` (the stages of one pipeline) at once.
 
-    Each rank passes its own `tensors`; a name that several pass is written once. The first rank's `values` (JSON-able)
-    are kept. Without a group this process alone writes. The newest `keep` checkpoints stay.
+    Each rank passes its own `tensors`; a name that several pass is taken from the first of them. The first rank's
+    `values` (JSON-able) are kept. Without a group this process alone writes. The newest `keep` of the run stay.
+
+    Args:
+        writer: for whom; without one, this is the only one who writes into the folder.
+        ask: raises `Fenced` where this pipeline may no longer publish; called by every rank.
+        finite: names of tensors without which, if a number in them is not finite, there is no checkpoint.
 
     Raises:
-        UserError: the folder cannot be written, or is not the same folder on every host.
+        UserError: the folder cannot be written, is not the same folder on every host, or a tensor is not finite.
         PeerLost: another rank of the group went away.
+        Fenced: on every rank, if `ask` raised it on one.
     """
     ring = _Ranks(group)
     directory = Path(directory)
+    writer = writer or passing_writer()
     with ring.agreeing(f"checkpoint {directory}, step {step}"):
-        folder = ring.from_first(lambda: _start(directory, step))
+        ring.each(lambda: _check_finite(tensors, finite))
+        folder = Path(ring.from_first(lambda: str(_begin(directory, step, writer))))
         try:
             ring.each(lambda: _check_shared(folder, ring))
-            _write_tensors(folder, tensors, ring)
-            sums = ring.each(lambda: _sync_own_files(folder, rank=ring.rank, first=ring.is_first))
-            name: str = ring.from_first(lambda: _publish(folder, directory, step, values=values, sums=sums, keep=keep))
-        except BaseException:
+            sums = ring.each(lambda: _write_tensors(folder, tensors, ring.rank))
+            ring.from_first(lambda: _describe_all(folder, directory, step, values=values, sums=sums, writer=writer))
+            ring.all_may(ask)
+            name: str = ring.from_first(lambda: _publish(folder, directory, step, writer, keep=keep))
+        except BaseException as failed:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(failed, UserError):
+                ring.all_may(ask)  # of one that was replaced others may have removed what it wrote
             raise
     return directory / name
-
-
-def find_latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder, or None; a folder that is itself a checkpoint is returned as is."""
-    directory = Path(directory)
-    if (directory / VALUES_FILE).is_file():
-        return directory
-    try:
-        pointed = directory / (directory / POINTER).read_text(encoding="utf-8").strip()
-        if (pointed / VALUES_FILE).is_file() and _NAME.fullmatch(pointed.name):
-            return pointed
-    except (OSError, UnicodeDecodeError):
-        pass  # no pointer yet, or a damaged one: the folders themselves tell
-    complete = _checkpoints(directory)
-    return complete[-1] if complete else None
 
 
 def latest(directory: str | Path) -> Path:
@@ -112,13 +117,12 @@ def latest(directory: str | Path) -> Path:
 def read_values(checkpoint: str | Path) -> dict[str, Any]:
     """The values that `save` was given, and "step"; raises `UserError` if the file is absent or damaged."""
     described = _describe(Path(checkpoint))
-    return {**described["values"], "step": described["step"]}
+    return {**described.values, "step": described.step}
 
 
 def read_shapes(checkpoint: str | Path) -> dict[str, torch.Size]:
     """The name and shape of every tensor in a checkpoint."""
-    stored = _read_metadata(Path(checkpoint)).state_dict_metadata
-    return {name: item.size for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
+    return tensor_list.shapes(_read_list(Path(checkpoint)))
 
 
 def load(checkpoint: str | Path, wanted: Mapping[str, Tensor]) -> None:
@@ -128,13 +132,13 @@ def load(checkpoint: str | Path, wanted: Mapping[str, Tensor]) -> None:
         UserError: a name is absent, a shape differs, or a file is absent or damaged; one line names it.
     """
     checkpoint = Path(checkpoint)
-    metadata = _read_metadata(checkpoint)
-    _check_wanted(checkpoint, metadata, wanted)
-    _check_files(checkpoint, {info.relative_path for info in _infos(metadata, wanted)})
+    stored = _read_list(checkpoint)
+    _check_wanted(checkpoint, stored, wanted)
+    _check_files(checkpoint, {info.relative_path for info in _infos(stored, wanted)})
     with _reading(checkpoint):
         state_dict_loader.load(
             {name: tensor.detach() for name, tensor in wanted.items()},
-            storage_reader=FileSystemReader(checkpoint),
+            storage_reader=tensor_list.ListReader(checkpoint, stored),
             no_dist=True,
         )
 
@@ -155,7 +159,7 @@ def export(
     """
     from safetensors.torch import save_file
 
-    stored = _read_metadata(Path(checkpoint)).state_dict_metadata
+    stored = _read_list(Path(checkpoint)).state_dict_metadata
     tensors = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in stored.items()
@@ -165,7 +169,7 @@ def export(
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for borrower, owner in (ties or {}).items():
         named[borrower] = named[owner].clone()
-    with _writing(f"--export {path}", Path(path)) as unfinished:
+    with replacing(f"--export {path}", Path(path)) as unfinished:
         save_file(named, unfinished, metadata={"format": "pt"})
 
 
@@ -184,45 +188,57 @@ class _Ranks:
         self._what = what
         try:
             yield
-        except UserError:
+        except _CLEAR:
             raise
         except RuntimeError as error:
             if self.group is None:
                 raise
-            raise PeerLost(f"{what}: another stage went away ({_first_line(error)})") from error
+            raise PeerLost(f"{what}: another stage went away ({first_line(error)})") from error
 
-    def each(self, act: Any) -> list[Any]:
-        """`act()` on every rank, and the results of all, in the order of the ranks."""
-        return [result for result, _ in self._exchange(act)]
-
-    def from_first(self, act: Any) -> Any:
-        """`act()` on the first rank only; its result, on all."""
-        return self._exchange(act if self.is_first else lambda: None)[0][0]
-
-    def _exchange(self, act: Any) -> list[tuple[Any, str]]:
+    def each(self, act: Callable[[], Any]) -> list[Any]:
+        """`act()` on every rank, and the results of all, as JSON has them, in the order of the ranks."""
+        mine: Any
         try:
-            mine = (act(), "")
+            mine = ["done", act()]
+        except tuple(_TOLD.values()) as error:
+            mine = [type(error).__name__, str(error)]
         except (OSError, UserError, TypeError, ValueError) as error:
-            mine = (None, _first_line(error))
-        everyone = [mine]
-        if self.group is not None:
-            everyone = [mine] * dist.get_world_size(self.group)
-            dist.all_gather_object(everyone, mine, group=self.group)
-        for _, complaint in everyone:
-            if complaint:
-                raise UserError(f"{self._what}: {complaint}")
-        return everyone
+            if isinstance(error, TimeoutError) and error.errno is None:  # not the system's: somebody did not come
+                mine = [PeerLost.__name__, str(error)]
+            else:
+                mine = UserError(f"{self._what}: {first_line(error)}")
+        everyone = gather_values(mine, self.group)
+        for kind, text in everyone:
+            if kind in _TOLD:
+                raise _TOLD[kind](text)
+        return [result for _, result in everyone]
+
+    def all_may(self, ask: Callable[[], object]) -> None:
+        """Every rank asks; what one is told, all are told."""
+
+        def asked() -> None:
+            ask()
+
+        self.each(asked)
+
+    def from_first(self, act: Callable[[], Any]) -> Any:
+        """`act()` on the first rank only; its result, on all."""
+        return self.each(act if self.is_first else _nothing)[0]
 
 
-def _start(directory: Path, step: int) -> Path:
-    """A fresh folder to write into; what killed runs left unfinished goes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.iterdir():
-        if _UNFINISHED.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    folder = directory / f".step-{step:08d}.tmp-{secrets.token_hex(8)}"
-    folder.mkdir()
-    return folder.absolute()
+def _check_finite(tensors: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """Raises `UserError` where a number in one of these tensors is not finite."""
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is not None and not bool(torch.isfinite(tensor.detach()).all()):
+            raise UserError(f"{name} has numbers that are not finite; nothing is written over good weights")
+
+
+def _begin(directory: Path, step: int, writer: Writer) -> Path:
+    try:
+        return begin(directory, step, writer)
+    except OSError as error:
+        raise UserError(why_not_written(error, directory)) from error
 
 
 def _check_shared(folder: Path, ring: _Ranks) -> None:
@@ -233,107 +249,81 @@ def _check_shared(folder: Path, ring: _Ranks) -> None:
         )
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], ring: _Ranks) -> None:
-    with _quiet():
-        try:
-            state_dict_saver.save(
-                {name: tensor.detach() for name, tensor in tensors.items()},
-                storage_writer=FileSystemWriter(folder, sync_files=True),
-                process_group=ring.group,
-                no_dist=ring.group is None,
-            )
-        except CheckpointException as failed:  # not an Exception, and a page long
-            rank, (error, _) = next(iter(failed.failures.items()))
-            raise UserError(f"checkpoint {folder.parent}: stage {rank} cannot write: {_first_line(error)}") from None
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], stage: int) -> dict[str, FileSum]:
+    """Writes what this stage has, and its list, as if there were no others; the sums of its files."""
+    own = folder / f"stage-{stage}"
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    try:
+        with _quiet():
+            state_dict_saver.save(detached, storage_writer=FileSystemWriter(own, sync_files=True), no_dist=True)
+        sums = {}
+        for path in list(own.glob("*.distcp")):
+            name = tensor_list.file_of(stage, path.name)
+            os.rename(path, folder / name)
+            sums[name] = sum_of(folder / name)
+    except (CheckpointException, OSError) as failed:  # the first is not an Exception, and a page long
+        error = next(iter(failed.failures.values()))[0] if isinstance(failed, CheckpointException) else failed
+        why = why_not_written(error, folder, needed_bytes=sum(tensor.nbytes for tensor in detached.values()))
+        raise UserError(f"stage {stage} cannot write: {why}") from None
+    return sums
 
 
-def _sync_own_files(folder: Path, *, rank: int, first: bool) -> dict[str, FileSum]:
-    own = {path.name: path for path in folder.glob(f"__{rank}_*")}
-    if first:
-        own[METADATA_FILE] = folder / METADATA_FILE
-    return {name: _sum(path) for name, path in own.items()}
-
-
-def _publish(
+def _describe_all(
     folder: Path,
     directory: Path,
     step: int,
     *,
     values: Mapping[str, Any],
-    sums: Sequence[Mapping[str, FileSum]],
-    keep: int,
-) -> str:
-    """Describe the files, give the folder its name, point at it, forget the oldest; returns the name."""
-    files = {name: file_sum for part in sums for name, file_sum in part.items()}
+    sums: Sequence[Mapping[str, Sequence[int]]],
+    writer: Writer,
+) -> None:
+    """Makes one list of the lists of all stages, and describes everything."""
+    files = {name: FileSum(*pair) for part in sums for name, pair in part.items()}
     for name, file_sum in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != file_sum.size:
             raise UserError(f"{name} of another host is not here; put --checkpoint on a file system all hosts share")
-    described = {"format": 1, "step": step, "values": dict(values), "files": files}
-    _write_text(folder / VALUES_FILE, json.dumps(described, indent=1))
-    _sync_folder(folder)
-    name = _free_name(directory, step)
-    os.rename(folder, directory / name)
-    _sync_folder(directory)
-    _point(directory, name)
-    _forget(directory, keep=keep, pointed=name)
-    return name
-
-
-def _free_name(directory: Path, step: int) -> str:
-    """A step written for the second time, after a resume, stands beside the first until that is forgotten."""
-    name = f"step-{step:08d}"
-    again = 1
-    while (directory / name).exists():
-        again += 1
-        name = f"step-{step:08d}-{again}"
-    return name
-
-
-def _point(directory: Path, name: str) -> None:
-    with _writing(f"checkpoint {directory}", directory / POINTER) as unfinished:
-        _write_text(unfinished, name + "\n")
-
-
-def _forget(directory: Path, *, keep: int, pointed: str) -> None:
-    for old in _checkpoints(directory)[:-keep]:
-        if old.name != pointed:
-            unfinished = directory / f".{old.name}.tmp-{secrets.token_hex(8)}"
-            os.rename(old, unfinished)  # so that nobody reads half a checkpoint
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest step first."""
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and (path / VALUES_FILE).is_file():
-            found.append((int(match[1]), int(match[2] or 1), path))
-    return [path for *_, path in sorted(found)]
-
-
-def _describe(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / VALUES_FILE
+    lists = {stage: tensor_list.read_list(folder / f"stage-{stage}" / METADATA_FILE) for stage in range(len(sums))}
     try:
-        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        described["values"], described["step"], described["files"]
+        write_bytes(folder / METADATA_FILE, tensor_list.write_list(tensor_list.merge(lists)))
+        for stage in lists:
+            shutil.rmtree(folder / f"stage-{stage}")
+        files[METADATA_FILE] = sum_of(folder / METADATA_FILE)
+        described = Description(step, dict(values), files, writer.run, writer.job, next_number(directory))
+        write_bytes(folder / VALUES_FILE, to_text(described).encode())
+    except OSError as error:
+        raise UserError(why_not_written(error, folder)) from error
+
+
+def _publish(folder: Path, directory: Path, step: int, writer: Writer, *, keep: int) -> str:
+    try:
+        return publish(folder, directory, step, writer, keep=keep)
+    except OSError as error:
+        raise UserError(why_not_written(error, directory)) from error
+
+
+def _describe(checkpoint: Path) -> Description:
+    try:
+        return from_text((checkpoint / VALUES_FILE).read_bytes())
     except OSError as error:
         raise UserError(f"checkpoint {checkpoint}: {VALUES_FILE} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint {checkpoint}: {VALUES_FILE} is damaged; {_remedy(checkpoint)}") from None
-    return described
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint}: {VALUES_FILE} {error}; {_remedy(checkpoint)}") from None
 
 
-def _read_metadata(checkpoint: Path) -> Metadata:
+def _read_list(checkpoint: Path) -> Metadata:
     _check_files(checkpoint, {METADATA_FILE})
-    with _reading(checkpoint):
-        return FileSystemReader(checkpoint).read_metadata()
+    try:
+        return tensor_list.read_list(checkpoint / METADATA_FILE)
+    except OSError as error:
+        raise UserError(f"checkpoint {checkpoint}: {METADATA_FILE} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint}: {METADATA_FILE} is refused: {error}") from None
 
 
-def _check_wanted(checkpoint: Path, metadata: Metadata, wanted: Mapping[str, Tensor]) -> None:
+def _check_wanted(checkpoint: Path, tensors: Metadata, wanted: Mapping[str, Tensor]) -> None:
     for name, tensor in wanted.items():
-        stored = metadata.state_dict_metadata.get(name)
+        stored = tensors.state_dict_metadata.get(name)
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(
                 f"checkpoint {checkpoint}: {name} is not in it; was it written by another model or optimizer?"
@@ -346,25 +336,25 @@ def _check_wanted(checkpoint: Path, metadata: Metadata, wanted: Mapping[str, Ten
 
 
 def _check_files(checkpoint: Path, names: set[str]) -> None:
-    files = _describe(checkpoint)["files"]
+    files = _describe(checkpoint).files
     for name in sorted(names):
         path = checkpoint / name
         try:
-            found = _sum(path)
+            found = sum_of(path)
         except OSError as error:
             raise UserError(
                 f"checkpoint {checkpoint}: {name} cannot be read ({error.strerror}); {_remedy(checkpoint)}"
             ) from None
-        if name not in files or found != tuple(files[name]):
+        if name not in files or found != files[name]:
             raise UserError(f"checkpoint {checkpoint}: {name} is damaged; {_remedy(checkpoint)}")
 
 
-def _infos(metadata: Metadata, wanted: Mapping[str, Tensor]) -> Iterator[Any]:
-    return (info for index, info in metadata.storage_data.items() if index.fqn in wanted)
+def _infos(tensors: Metadata, wanted: Mapping[str, Tensor]) -> Iterator[Any]:
+    return (info for index, info in tensors.storage_data.items() if index.fqn in wanted)
 
 
 def _remedy(checkpoint: Path) -> str:
-    others = [path.name for path in _checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+    others = [path.name for path in checkpoints(checkpoint.parent) if path.name != checkpoint.name]
     return f"--resume {checkpoint.parent / others[-1]} instead" if others else "there is no other one beside it"
 
 
@@ -375,24 +365,9 @@ def _reading(checkpoint: Path) -> Iterator[None]:
             yield
     except CheckpointException as failed:
         error, _ = next(iter(failed.failures.values()))
-        raise UserError(f"checkpoint {checkpoint}: cannot be read: {_first_line(error)}") from None
+        raise UserError(f"checkpoint {checkpoint}: cannot be read: {first_line(error)}") from None
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {checkpoint}: cannot be read: {_first_line(error)}") from None
-
-
-@contextmanager
-def _writing(what: str, path: Path) -> Iterator[Path]:
-    """A name to write to; at the end it becomes `path` by one rename."""
-    unfinished = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
-    except Exception as error:
-        with suppress(OSError):  # the first error is the one to tell
-            unfinished.unlink()
-        raise UserError(f"{what}: cannot be written: {_first_line(error)}") from error
+        raise UserError(f"checkpoint {checkpoint}: cannot be read: {first_line(error)}") from None
 
 
 @contextmanager
@@ -402,32 +377,3 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"torch\.distributed")
         warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")
         yield
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sum(path: Path) -> FileSum:
-    crc = size = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-            size += len(chunk)
-    return FileSum(size, crc)
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0]
