@@ -34,6 +34,7 @@ from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, Nothin
 from pipeline.reduce import NoReducer, Reducer
 from pipeline.report import RankReport
 from pipeline.segments import Segments
+from pipeline.state import MixingState, Stateful, SynchroniserState
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.sync import Synchroniser, make_synchroniser
 from pipeline.tickets import TicketBook, TicketFeed, TicketPlan
@@ -116,6 +117,12 @@ class ElasticTrainer(Trainer):
         ahead = {} if self.stages > 1 else {"look_ahead": 1}  # nothing is received, and no ticket needed, ahead of time
         return super()._make_executor(mixer=self.mixer, guard=self.guard, **ahead, **more)
 
+    def _stateful(self) -> list[Stateful]:
+        found = super()._stateful()
+        if self.sync is not None:
+            found += [MixingState(self.mixer, self.stage), SynchroniserState(self.sync, self._vector)]
+        return found
+
     def _make_mixer(self, sync: Synchroniser) -> BlockingMixer | OverlappedMixer | AsynchronousMixer:
         settings, link = self.settings, self.world.link
         vector = StageVector(self.stage, state=settings.sync_momentum == "average", buffers=settings.sync_buffers)
@@ -192,8 +199,8 @@ class ElasticTrainer(Trainer):
         if world.late:
             self._rejoin()
             return
-        if self.sync is not None:
-            self.sync.begin(self._vector.read(), self.stage.weights.newest.flat.numel())
+        if self.sync is not None and not self.sync.state():  # else it goes on from a checkpoint
+            self.sync.begin(self._vector.read(), self._vector.weights)
         world.gather("serving", None, scope="stage")
         copied = False
         while not copied:
@@ -351,15 +358,9 @@ class ElasticTrainer(Trainer):
         """What a joiner copies: everything between two updates."""
         with self.guard:
             started = perf_counter()
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.stage.state().items()}
-            synced = {} if self.sync is None else self.sync.state()
-            tensors |= {f"sync.{name}": tensor.detach().to("cpu", copy=True) for name, tensor in synced.items()}
-            values = {
-                "updates": self.stage.updates,
-                "skipped": self.stage.skipped_updates,
-                "segment": self.segment,
-                "step": self.mixer.step,
-            }
+            live = self.states.tensors()
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+            values = {"states": self.states.values(), "segment": self.segment}
             paused_s = perf_counter() - started
         self.world.diary.note_state("gave", _of_stage(tensors), paused_s=paused_s, segment=values["segment"])
         return tensors, values
@@ -370,14 +371,9 @@ class ElasticTrainer(Trainer):
             tensors, values = self.world.mesh.pull_state(giver, address)
         except (GroupBroken, PeerLost):
             return None
-        sync = {name.removeprefix("sync."): t for name, t in tensors.items() if name.startswith("sync.")}
         with self.guard:
-            self.stage.adopt(tensors)
-            if self.sync is not None:
-                self.sync.load_state(sync)
-            self.stage.updates, self.stage.skipped_updates = values["updates"], values["skipped"]
-            self.mixer.step = values["step"]
-        self.world.diary.note_state("took", self.stage.state(), giver=giver)
+            self.states.adopt(tensors, values["states"])
+        self.world.diary.note_state("took", _of_stage(self.states.tensors()), giver=giver)
         segment: int = values["segment"]
         return segment
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.optimizer_state import is_momentum, reset
 from pipeline.sync.local_sgd import Calendar
 from pipeline.sync.outer import DiLoCo, OuterRule, SlowMo
 from pipeline.team import Team, connect, team_of
@@ -258,7 +259,7 @@ class LocalSGD(torch.optim.Optimizer):
                 self._step_outer(self._outer)
             self._anchors = self._snapshot()
         if self._momentum == "reset":
-            self._reset_momenta()
+            reset((parameter, self.local_optimizer.state.get(parameter, {})) for parameter in self._shared())
 
     def _step_outer(self, outer: OuterRule) -> None:
         rates = [float(group.get("lr", 1.0)) for group in self.param_groups for _ in _parameters([group], shared=True)]
@@ -273,22 +274,18 @@ class LocalSGD(torch.optim.Optimizer):
         """
         state = self.local_optimizer.state
         if not self._names:
-            here = {name for p in self._shared() for name, value in state.get(p, {}).items() if _is_like(value, p)}
+            here = {
+                name for p in self._shared() for name, value in state.get(p, {}).items() if is_momentum(name, value, p)
+            }
             found = self._team.gather(sorted(here), self._device())
             self._names = tuple(sorted({name for names in found for name in names}))
         pairs = []
         for parameter, name in product(self._shared(), self._names):
             own = state.get(parameter, {}).get(name)
-            own = own if _is_like(own, parameter) else None
+            own = own if is_momentum(name, own, parameter) else None
             lent = torch.zeros_like(parameter) if own is None else own.clone()
             pairs.append((own, lent.to(torch.promote_types(parameter.dtype, torch.float32))))
         return pairs
-
-    def _reset_momenta(self) -> None:
-        for parameter in self._shared():
-            for name, value in self.local_optimizer.state.get(parameter, {}).items():
-                if _is_like(value, parameter) or (name == "step" and isinstance(value, Tensor)):
-                    value.zero_()
 
     def _shared(self) -> list[Tensor]:
         """The parameters that meet, in the order of the param groups."""
@@ -402,7 +399,3 @@ def _choice(arguments: Mapping[str, Any], name: str, choices: Sequence[str]) -> 
 
 def _parameters(groups: Sequence[Mapping[str, Any]], *, shared: bool = False) -> list[Tensor]:
     return [p for group in groups if not shared or group.get(OPT_OUT, True) for p in group["params"]]
-
-
-def _is_like(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()

@@ -8,7 +8,7 @@ update(lr)                            applies them to the newest weights
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.batchnorm import DeferredBatchNorm2d, defer_batch_norm
 from pipeline.models.criterion import Criterion
+from pipeline.optimizer_state import momenta, reset
 from pipeline.seeding import mix, seeded
 from pipeline.weights import Version, Weights
 
@@ -181,9 +182,9 @@ class Stage:
         self._groups = _decay_groups(self.weights, self.options.decay_norm_and_bias)
         leaves = self.weights.newest.leaves
         _spare_dynamo()
-        self._optimizer = optimizer([group | {"params": [leaves[i] for i in group["slots"]]} for group in self._groups])
-        self._apply_gradients = partial(inspect.unwrap(type(self._optimizer).step), self._optimizer)
-        self._optimizer_state: list[dict[str, Any]] = [{} for _ in leaves]
+        self.optimizer = optimizer([group | {"params": [leaves[i] for i in group["slots"]]} for group in self._groups])
+        self._apply_gradients = partial(inspect.unwrap(type(self.optimizer).step), self.optimizer)
+        self.optimizer_states: list[dict[str, Any]] = [{} for _ in leaves]  # one per slot, common to all versions
         self._leaves_of: dict[int, list[list[nn.Parameter]]] = {}
         self._adopt(self.weights.newest)
         self._recompute = self.options.recompute and window > 1
@@ -327,12 +328,11 @@ class Stage:
     def update(self, learning_rate: float) -> None:
         """One step of the optimiser on the newest weights; forgets the gradients."""
         weights = self.weights
-        if weights.make_writable():
-            self._follow_newest()
+        self.make_writable()
         leaves = weights.newest.leaves
         for leaf, gradient in zip(leaves, weights.gradients, strict=True):
             leaf.grad = gradient
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with torch.no_grad():
             self._apply_gradients()
@@ -350,38 +350,39 @@ class Stage:
         """Points the optimiser at the leaves of the newest version; its state is common to all versions."""
         version = self.weights.newest
         groups = self._leaves_of.get(id(version)) or self._adopt(version)
-        for group, leaves in zip(self._optimizer.param_groups, groups, strict=True):
+        for group, leaves in zip(self.optimizer.param_groups, groups, strict=True):
             group["params"] = leaves
 
     def _adopt(self, version: Version) -> list[list[nn.Parameter]]:
         """Gives the leaves of a version that is new to the optimiser the one state there is per parameter."""
-        for leaf, state in zip(version.leaves, self._optimizer_state, strict=True):
-            self._optimizer.state[leaf] = state
+        for leaf, state in zip(version.leaves, self.optimizer_states, strict=True):
+            self.optimizer.state[leaf] = state
         groups = [[version.leaves[index] for index in group["slots"]] for group in self._groups]
         self._leaves_of[id(version)] = groups
         return groups
 
     # --- mixing with replicas
 
-    def writable_weights(self) -> Tensor:
-        """The newest weights as one flat tensor, (n,), to be written to; micro-batches in flight keep theirs."""
+    def make_writable(self) -> None:
+        """Makes sure that the newest weights may be written to; micro-batches in flight keep theirs."""
         if self.weights.make_writable():
             self._follow_newest()
-        return self.weights.newest.flat
 
     def optimizer_tensors(self) -> list[Tensor]:
         """The optimiser's state that is shaped like its parameter (momentum, moments), in the order of parameters."""
-        tensors = []
-        for leaf, state in zip(self.weights.newest.leaves, self._optimizer_state, strict=True):
-            values = [state[key] for key in sorted(state)]
-            tensors += [value for value in values if isinstance(value, Tensor) and value.shape == leaf.shape]
-        return tensors
+        return [tensor for leaf, state in self._parameter_states() for tensor in momenta(state, leaf)]
 
     def reset_momentum(self) -> None:
-        """Sets that state to zero."""
-        tensors = self.optimizer_tensors()
-        if tensors:
-            torch._foreach_zero_(tensors)
+        """Makes the optimiser forget what it has learnt of the gradients."""
+        reset(self._parameter_states())
+
+    def _parameter_states(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        return list(zip(self.weights.newest.leaves, self.optimizer_states, strict=True))
+
+    def leaf_and_group(self, slot: int) -> tuple[nn.Parameter, dict[str, Any]]:
+        """The newest leaf of a parameter, and the optimiser's group that it is in."""
+        groups = zip(self._groups, self.optimizer.param_groups, strict=True)
+        return self.weights.newest.leaves[slot], next(group for slots, group in groups if slot in slots["slots"])
 
     def floating_buffers(self) -> list[Tensor]:
         """Running means and variances, live, past autograd: it saved them with micro-batches but never reads them."""
@@ -416,15 +417,6 @@ class Stage:
         """Goes on from sums taken earlier (an evaluation came in between)."""
         self._sums.values = sums
 
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and buffers as 'model.NAME', optimiser state as 'optim.NAME.KEY'; views of the live tensors."""
-        tensors = self.model_state()
-        for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True):
-            for key, value in self._optimizer.state.get(leaf, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optim.{slot.name}.{key}"] = value
-        return tensors
-
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under 'model.' and the unsplit model's names; views of the live tensors."""
         return {
@@ -437,45 +429,6 @@ class Stage:
     def borrowed_state(self) -> dict[str, Tensor]:
         """Where to put a borrowed parameter when weights are loaded: 'model.' + its owner's name."""
         return {f"model.{loan.owner_name}": loan.leaf.detach() for loan in self.borrowed}
-
-    def empty_optimizer_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Memory for the optimiser state of this stage's parameters that a checkpoint of these tensors has."""
-        memory = {}
-        for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True):
-            for name, shape in shapes.items():
-                if name.startswith(f"optim.{slot.name}.") and "." not in name[len(f"optim.{slot.name}.") :]:
-                    like = leaf.detach() if shape == slot.shape else torch.zeros(shape)
-                    memory[name] = torch.zeros_like(like)
-        return memory
-
-    @torch.no_grad()
-    def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Becomes the stage whose `state` this is, bit for bit; micro-batches in flight keep the weights they have.
-
-        Raises:
-            ValueError: the state of another stage or model.
-        """
-        self.writable_weights()
-        mine = self.model_state()
-        missing = mine.keys() - state.keys()
-        if missing:
-            raise ValueError(f"the state of another stage was given: it has no {sorted(missing)[0]}")
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
-        for values in self._optimizer_state:
-            values.clear()
-        optimizer = {name: tensor for name, tensor in state.items() if name.startswith("optim.")}
-        memory = self.empty_optimizer_state({name: tensor.shape for name, tensor in optimizer.items()})
-        for name, tensor in memory.items():
-            tensor.copy_(optimizer[name])
-        self.load_optimizer_state(memory)
-
-    def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
-        """Puts 'optim.NAME.KEY' tensors where the optimiser will look for them."""
-        leaves = {slot.name: leaf for slot, leaf in zip(self.weights.slots, self.weights.newest.leaves, strict=True)}
-        for full, tensor in tensors.items():
-            name, _, key = full.removeprefix("optim.").rpartition(".")
-            self._optimizer.state[leaves[name]][key] = tensor
 
 
 def _prepared(block: BlockModule, options: StageOptions) -> BlockModule:

@@ -37,6 +37,7 @@ from pipeline.schedules import Schedule, Shape, find_schedule
 from pipeline.settings import Settings, option
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
+from pipeline.state import LossScaleState, OptimizerState, Stateful, States, UpdatesState, WeightsState
 from pipeline.straggler import EmulatedDevice, Straggler, Waiting, make_straggler, slowed
 from pipeline.supply import InputSupply, TargetSupply
 from pipeline.trace import Recorder, shift
@@ -178,6 +179,7 @@ class Trainer:
         )
         self._end_step = self.recorder.end_step if self.clock is None else self.clock.end_step
         self.executor = self._make_executor()
+        self.states = States(self._stateful())
         self.journal = self._make_journal() if self.is_last else None
         self.seconds = 0.0
         self.stretches: list[tuple[float, float]] = []  # of training, between two stops
@@ -241,6 +243,14 @@ class Trainer:
             device=self.world.device,
             options=options,
         )
+
+    def _stateful(self) -> list[Stateful]:
+        """Who has state here, in the order in which it is loaded."""
+        stage = self.stage
+        found: list[Stateful] = [WeightsState(stage), OptimizerState(stage), UpdatesState(stage)]
+        if stage.options.amp is torch.float16:
+            found.append(LossScaleState(stage.scaler))
+        return found
 
     def _make_reducer(self) -> Reducer:
         if self.world.num_pipelines == 1:
@@ -408,8 +418,7 @@ class Trainer:
         values = {
             "batches": self.batches,
             "updates": updates,
-            "scaler": [self.stage.scaler.scale, self.stage.scaler.good_steps],
-            "skipped": self.stage.skipped_updates,
+            "states": self.states.values(),
             "settings": self.settings.to_values(),
             "data": self._data_values(),
             "partition": list(self.plan.counts),
@@ -418,7 +427,7 @@ class Trainer:
         folder = checkpoint.save(
             self.settings.checkpoint,
             updates,
-            tensors=self.stage.state(),
+            tensors=self.states.tensors(),
             values=values,
             keep=self.settings.keep,
             group=self.world.pipeline_group(),
@@ -440,20 +449,20 @@ class Trainer:
         folder = checkpoint.latest(directory)
         values = checkpoint.read_values(folder)
         self._check_same_data(values, str(folder))
-        optimizer = self.stage.empty_optimizer_state(checkpoint.read_shapes(folder))
-        checkpoint.load(folder, self.stage.model_state() | self.stage.borrowed_state() | optimizer)
-        self.stage.load_optimizer_state(optimizer)
-        self.stage.updates = values["updates"] - values["skipped"]
-        self.stage.skipped_updates = values["skipped"]
-        self.stage.scaler.scale, self.stage.scaler.good_steps = values["scaler"]
+        shapes = checkpoint.read_shapes(folder)
+        room = self.states.room(shapes)
+        checkpoint.load(folder, room)
+        self.states.load(room, values["states"])
+        self.stage.updates = values["updates"] - self.stage.skipped_updates
         self.batches = values["batches"]
         if self.journal is not None:
             self.journal.restore(values["journal"])
-            self.journal.log.say(f"resumed from {folder} after {values['updates']} updates")
+            told = self.states.told(shapes, values["states"])
+            self.journal.log.say(f"resumed from {folder} after {values['updates']} updates, {told}")
 
     def _check_same_data(self, values: dict[str, Any], folder: str) -> None:
         was, now = values["settings"], self.settings.to_values()
-        for name in ("model", "dataset", "batch_size", "microbatches", "accumulate", "seed"):
+        for name in ("model", "dataset", "batch_size", "microbatches", "accumulate", "seed", "optimizer"):
             if was[name] != now[name]:
                 raise UserError(
                     f"{folder} was written with {option(name)} {was[name]}, this run has {now[name]}, so that its "

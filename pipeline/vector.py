@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class StageVector:
     @torch.no_grad()
     def write(self, x: Tensor) -> None:
         """Replaces everything; micro-batches in flight keep the weights they ran with."""
-        flat = self._stage.writable_weights()
+        self._stage.make_writable()
+        flat = self._stage.weights.newest.flat
         flat.copy_(x[: flat.numel()])
         for extra, part in zip(extras := self._extras(), self._parts(x, flat, extras), strict=True):
             extra.copy_(part.view_as(extra))
@@ -55,10 +56,32 @@ class StageVector:
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
         """Adds a correction to everything."""
-        flat = self._stage.writable_weights()
+        self._stage.make_writable()
+        flat = self._stage.weights.newest.flat
         flat.add_(delta[: flat.numel()])
         for extra, part in zip(extras := self._extras(), self._parts(delta, flat, extras), strict=True):
             extra.add_(part.view_as(extra).to(extra.dtype))
+
+    @property
+    def weights(self) -> int:
+        """How many of the first entries are weights."""
+        return self._stage.weights.newest.flat.numel()
+
+    def empty(self) -> Tensor:
+        """A vector of zeros for weights alone, (weights,)."""
+        return torch.zeros_like(self._stage.weights.newest.flat)
+
+    def parameters(self, x: Tensor) -> dict[str, Tensor]:
+        """The weights in `x` by parameter; views, not copies."""
+        return {slot.name: slot.view(x) for slot in self._stage.weights.slots}
+
+    def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `parameters`, (weights,); what is absent is zero."""
+        x = self.empty()
+        for name, part in self.parameters(x).items():
+            if name in parts:
+                part.copy_(parts[name])
+        return x
 
     def _extras(self) -> list[Tensor]:
         return [*self._state(), *self._buffers]

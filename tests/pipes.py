@@ -20,6 +20,7 @@ from pipeline.models.mlp import mlp
 from pipeline.schedules import SCHEDULES, Shape, program, updates_of
 from pipeline.seeding import GENERATOR_LOCK, mix, seeded
 from pipeline.stage import StageOptions
+from pipeline.state import OptimizerState, WeightsState
 
 Tensors = tuple[Tensor, ...]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -99,7 +100,8 @@ def run_stage(job: Job, position: int, transport: Any) -> tuple[Executor, dict[s
     executor = Executor(stage, transport, position=position, stages=stages, hooks=hooks, tie=lent)
     executor.run(program(schedule, shape, position, range(job.count)))
     transport.flush()
-    return executor, {name: tensor.clone() for name, tensor in stage.state().items()}
+    state = WeightsState(stage).tensors() | OptimizerState(stage).tensors()
+    return executor, {name: tensor.clone() for name, tensor in state.items()}
 
 
 def run_threads(job: Job, transports: Sequence[Any]) -> tuple[list[Executor], dict[str, Tensor]]:

@@ -63,6 +63,10 @@ class LocalSgd:
     def every(self) -> int:
         return self._calendar.every
 
+    @property
+    def remembers(self) -> frozenset[str]:
+        return frozenset() if self._outer is None else self._outer.remembers
+
     def begin(self, x: Tensor, weights: int | None = None) -> None:
         if self._outer is not None:
             self._outer.begin(x, weights)

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+ANCHOR = "anchor"
+
 
 class OuterRule(Protocol):
-    """(anchor, mean, momentum, learning rate of the local steps) -> (x, momentum), all (n,) and new memory."""
+    """(anchor, mean, momentum, learning rate of the local steps) -> (x, momentum), all (n,) and new memory.
+
+    `momentum_name` is the momentum's in a checkpoint: that of one rule means nothing to another.
+    """
+
+    @property
+    def momentum_name(self) -> str: ...
 
     def __call__(
         self, anchor: Tensor, mean: Tensor, momentum: Tensor, learning_rate: float
@@ -34,6 +42,7 @@ class SlowMo:
 
     beta: float = 0.5
     alpha: float = 1.0
+    momentum_name: ClassVar[str] = "slowmo_momentum"
 
     def __call__(self, anchor: Tensor, mean: Tensor, momentum: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
         if learning_rate == 0:  # nobody moved, and 0 / 0 is no direction
@@ -51,6 +60,7 @@ class DiLoCo:
 
     momentum: float = 0.9
     outer_learning_rate: float = 0.7
+    momentum_name: ClassVar[str] = "diloco_momentum"
 
     def __call__(self, anchor: Tensor, mean: Tensor, momentum: Tensor, learning_rate: float) -> tuple[Tensor, Tensor]:
         delta = anchor - mean
@@ -87,15 +97,21 @@ class Outer:
         self._anchor = moved
         return torch.cat([moved, mean[count:]])
 
+    @property
+    def remembers(self) -> frozenset[str]:
+        return frozenset({ANCHOR, self._rule.momentum_name})
+
     def state(self) -> dict[str, Tensor]:
         if self._anchor is None or self._momentum is None:
             return {}
-        return {"anchor": self._anchor, "momentum": self._momentum}
+        return {ANCHOR: self._anchor, self._rule.momentum_name: self._momentum}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over another replica's; an empty mapping means that it has not begun."""
-        if not tensors:
+        """Takes over another replica's; without an anchor it has not begun, without a momentum it has none yet."""
+        if ANCHOR not in tensors:
             self._anchor = self._momentum = None
             return
-        self._anchor, self._momentum = tensors["anchor"].clone(), tensors["momentum"].clone()
+        self._anchor = tensors[ANCHOR].clone()
+        momentum = tensors.get(self._rule.momentum_name)
+        self._momentum = torch.zeros_like(self._anchor) if momentum is None else momentum.clone()
         self._weights = self._anchor.numel()

@@ -18,6 +18,7 @@ class Synchroniser(Protocol):
         even: every pipeline does the same number of batches; else fast ones do more.
         blocking: the next update waits for the mixing.
         every: updates between two calls of `mix`.
+        remembers: the names of what `state` may give; each is a vector like the weights.
     """
 
     @property
@@ -28,6 +29,8 @@ class Synchroniser(Protocol):
     def blocking(self) -> bool: ...
     @property
     def every(self) -> int: ...
+    @property
+    def remembers(self) -> frozenset[str]: ...
 
     def begin(self, x: Tensor, weights: int | None = None) -> None:
         """Hears of the x that all replicas start from; only outer optimisers listen, and else start at the first mean.
@@ -49,14 +52,18 @@ class Synchroniser(Protocol):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What a joining replica needs besides the weights; tensors of this synchroniser, not copies."""
+        """What a joining replica or a resumed run needs besides the weights; live tensors, not copies."""
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` of another replica gave."""
+        """Takes over what `state` gave, of another replica or an earlier run; what is absent has not begun."""
 
 
 class Stateless:
     """The part of a `Synchroniser` that remembers nothing."""
+
+    @property
+    def remembers(self) -> frozenset[str]:
+        return frozenset()
 
     def begin(self, x: Tensor, weights: int | None = None) -> None:
         return None
