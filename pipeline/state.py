@@ -164,10 +164,13 @@ class WeightsState:
         return kind in self.kinds
 
     def room(self, shapes: Shapes) -> dict[str, Tensor]:
-        """The live tensors themselves; those of a borrowed parameter where its owner's are given."""
+        """The live tensors themselves, past autograd, which saved running statistics but never reads them.
+
+        Borrowed parameters are among them where their owner's is given.
+        """
         self._stage.make_writable()
-        borrowed = self._stage.borrowed_state()
-        return self._stage.model_state() | {name: tensor for name, tensor in borrowed.items() if name in shapes}
+        borrowed = {name: tensor for name, tensor in self._stage.borrowed_state().items() if name in shapes}
+        return {name: tensor.data for name, tensor in (self._stage.model_state() | borrowed).items()}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         return None  # they have been written to
