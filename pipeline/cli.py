@@ -15,7 +15,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from pipeline.errors import UserError
-from pipeline.settings import CHOICES, Settings, default_settings, option, parse_bandwidth, parse_milestones
+from pipeline.settings import (
+    CHOICES,
+    Settings,
+    default_settings,
+    option,
+    parse_bandwidth,
+    parse_betas,
+    parse_milestones,
+)
 
 Convert = Callable[[str], Any]
 BOTH = ("resnet", "bert")
@@ -89,6 +97,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag("learning_rate", "after the warm-up", float, "X"),
             Flag("momentum", "of sgd", float, "X"),
             Flag("nesterov", "Nesterov's momentum", None),
+            Flag("adam_betas", "of adamw: how slowly its two moments forget", parse_betas, "B1,B2"),
+            Flag("adam_eps", "of adamw: added to the root of the second moment", float, "X"),
             Flag("weight_decay", "L2 for sgd, decoupled for adamw", float, "X"),
             Flag("no_decay_norm_bias", "no weight decay on norms and biases", None),
             Flag("clip_grad_norm", "largest gradient norm over all stages", float, "X"),
@@ -247,4 +257,6 @@ def _converter(convert: Convert) -> Convert:
 def _shown(default: Any) -> str:
     if default is None or isinstance(default, bool) or default == "":
         return ""
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
     return f"{default:g}" if isinstance(default, float) else str(default)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from itertools import count
 from threading import RLock
 from time import perf_counter, sleep
@@ -30,6 +31,7 @@ from pipeline.executor import Executor
 from pipeline.feed import Plan
 from pipeline.hetero import Profile
 from pipeline.journal import ElasticJournal
+from pipeline.metrics import run_name
 from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer, mean_of
 from pipeline.reduce import NoReducer, Reducer
 from pipeline.report import RankReport
@@ -143,6 +145,7 @@ class ElasticTrainer(Trainer):
         return ElasticJournal(
             self.settings,
             self.calendar,
+            self.task.criterion,
             speaks=self._speaks,
             pipelines=1,
             rate=self.rate,
@@ -150,6 +153,7 @@ class ElasticTrainer(Trainer):
             progress=world.progress,
             busy_s=lambda: self.executor.busy_s,
             device=str(world.device),
+            run_name=world.agreed_name(run_name(self.settings.name, now=datetime.now())),
             resumed=self.settings.resume is not None or world.late,  # never over what others have written
         )
 

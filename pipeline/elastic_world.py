@@ -191,6 +191,12 @@ class ElasticWorld(World):
         agreed: T = answer.result()
         return agreed
 
+    def agreed_name(self, own: str) -> str:
+        """The run's name that was proposed first, so that whoever speaks later writes to the same folder."""
+        with suppress(Fenced):  # whoever was declared lost so early meets it again in the training loop
+            return self.agree("run name", own)
+        return own
+
     def sum_over_pipelines(self, sums: dict[str, float]) -> dict[str, float]:
         """Alone, a pipeline that was declared lost, or that has lost the coordinator, has only its own.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
@@ -17,7 +16,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.calendar import Calendar
-from pipeline.metrics import JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, run_directory
+from pipeline.metrics import GROUPS, JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, group_sizes
+from pipeline.models.criterion import Criterion
 from pipeline.optim import LearningRate
 from pipeline.plain import finite, write_line
 from pipeline.report import peak_memory_bytes
@@ -36,12 +36,14 @@ class Journal:
     Args:
         speaks: whether this is the one that prints and writes; it may become so later.
         sum_over_pipelines: adds up a dict of sums over the last stages of all pipelines; all of them call it.
+        run_name: of TensorBoard's folder, the same whoever speaks.
     """
 
     def __init__(
         self,
         settings: Settings,
         calendar: Calendar,
+        criterion: Criterion,
         *,
         speaks: Callable[[], bool],
         pipelines: int,
@@ -50,6 +52,7 @@ class Journal:
         progress: Progress,
         busy_s: Callable[[], float],
         device: str,
+        run_name: str,
         resumed: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -57,8 +60,11 @@ class Journal:
         self._rate = rate
         self._sum_over_pipelines, self._progress = sum_over_pipelines, progress
         self._busy_s, self._device = busy_s, device
-        writers = (WhoeverSpeaks(speaks, lambda first: _writers(settings, append=resumed or not first)),)
-        self.log = RunLog(settings.task, say=say or self._say, writers=writers, replicas=pipelines)
+        means = tuple(criterion.means({}))
+        writers = (
+            WhoeverSpeaks(speaks, lambda first: _writers(settings, run_name, means, append=resumed or not first)),
+        )
+        self.log = RunLog(criterion, say=say or self._say, writers=writers, replicas=pipelines)
         self._window = Window()
         self._epoch_sums: dict[str, float] = {}
         self._window_start = self._epoch_start = perf_counter()
@@ -68,6 +74,7 @@ class Journal:
 
     def begin(self, batches: int) -> None:
         """Training starts, or goes on, after `batches` batches."""
+        self.log.settings(self._settings.to_values(), batches=batches)
         if batches == 0:
             self.log.start(self._settings.epochs, self._calendar.batches_per_epoch)
         self._window_start = self._epoch_start = perf_counter()
@@ -95,7 +102,7 @@ class Journal:
         now, update = perf_counter(), self._calendar.updates_after(batches)
         sums = rows.sums()
         self._epoch_sums = add_sums(self._epoch_sums, sums) if self._epoch_sums else sums
-        self.samples += sums["samples"]
+        self.samples += sums.get("samples", 0.0)
         seconds, busy = now - self._window_start, self._busy_s()
         self.log.window(
             epoch=(batches - 1) // self._calendar.batches_per_epoch,
@@ -176,6 +183,7 @@ class ElasticJournal(Journal):
     _window_ticket = 0
     _last_ticket = -1
     _last_batches = 0
+    _mixed: Mapping[str, float] = MappingProxyType({})  # what mixing had done at the end of the last epoch
 
     def progressed(self, batches: int, ticket: int, sums: dict[str, Tensor]) -> None:
         """An update is made; the whole job has come to `ticket`, which is of the calendar's batch `batches`."""
@@ -199,7 +207,23 @@ class ElasticJournal(Journal):
         self._last_batches = batches
         if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:
             done = self._sum_over_pipelines({f"samples_of_pipeline_{pipeline}": samples})
-            self._close_epoch(batches, {**mixing, **dict(sorted(done.items()))})
+            since, self._mixed = mixed_since(self._mixed, mixing), mixing
+            self._close_epoch(batches, {**since, **dict(sorted(done.items()))})
+
+
+ADDED_UP = (GROUPS, "waited_s", "mixed_s", "mixed_bytes")  # how names begin of what only grows
+
+
+def mixed_since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """What mixing did in between, from what it had done in all; the mean size is that of these groups.
+
+    >>> mixed_since({"groups_of_2": 5, "waited_s": 1.0}, {"groups_of_2": 8, "waited_s": 1.5, "lost": 1})
+    {'groups_of_2': 3, 'waited_s': 0.5, 'lost': 1, 'partner': 2.0}
+    """
+    since = {name: v - before.get(name, 0) if name.startswith(ADDED_UP) else v for name, v in now.items()}
+    sizes = group_sizes(since)
+    count = sum(sizes.values())
+    return {**since, "partner": sum(size * times for size, times in sizes.items()) / count if count else 0.0}
 
 
 class WhoeverSpeaks:
@@ -227,8 +251,8 @@ class WhoeverSpeaks:
             writer.close()
 
 
-def _writers(settings: Settings, *, append: bool) -> tuple[Writer, ...]:
-    writers: list[Writer] = [TensorBoard(run_directory(settings.runs, settings.name, now=datetime.now()))]
+def _writers(settings: Settings, run_name: str, means: tuple[str, ...], *, append: bool) -> tuple[Writer, ...]:
+    writers: list[Writer] = [TensorBoard(Path(settings.runs) / run_name, means=means)]
     if settings.metrics is not None:
         writers.append(JsonLines(Path(settings.metrics), append=append))
     return tuple(writers)

@@ -10,7 +10,7 @@ Sums, not means, are collected and added over replicas, so uneven shards and sho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.models.criterion import Criterion
 from pipeline.plain import to_json
 
 Sums = Mapping[str, float]
-Means = Mapping[str, float]
 
 
 def training_line(epochs: int, iterations: int) -> str:
@@ -31,57 +31,14 @@ def training_line(epochs: int, iterations: int) -> str:
     return f"Training {epochs} epoch, each epoch runs {iterations} iteration"
 
 
-def resnet_train_line(epoch: int, means: Means, *, lr: float, seconds: float) -> str:
-    """The reference's line at the end of a ResNet's epoch."""
-    return f"{epoch} TRAIN loss {means['loss']:.4f} acc {means['acc']:.4f} lr {lr:.2e}, time {seconds:.4f}"
-
-
-def bert_train_line(epoch: int, means: Means, *, lr: float, seconds: float) -> str:
-    """The reference's line at the end of a BERT's epoch; the two blanks after the loss are its own."""
-    parts = f"lm {means['lm']:.4e} ns {means['ns']:.4e}"
-    return f"{epoch} TRAIN loss {means['loss']:.4f}  {parts} lr {lr:.4e}, time {seconds:.4f}"
-
-
-def eval_line(epoch: int, means: Means) -> str:
-    """The reference's line after a validation."""
-    return f"{epoch} EVAL  loss {means['loss']:.4f} acc {means['acc']:.4f}"
-
-
-def speed_line(epoch: int, batch: int, *, samples_per_s: float, metric: str, value: float) -> str:
-    """MXNet's Speedometer line: the speed and one metric of the last window."""
-    return f"Epoch[{epoch}] Batch [{batch}]\tSpeed: {samples_per_s:.2f} samples/sec\t{metric}={value:f}"
+def speed_line(epoch: int, batch: int, *, samples_per_s: float, shown: str) -> str:
+    """MXNet's Speedometer line: the speed of the last window, and what its means are."""
+    return f"Epoch[{epoch}] Batch [{batch}]\tSpeed: {samples_per_s:.2f} samples/sec\t{shown}"
 
 
 def io_line(batch: int, *, samples_per_s: float) -> str:
     """The line of --test-io 1."""
     return f"Batch [{batch}]\tSpeed: {samples_per_s:.2f} samples/sec"
-
-
-def resnet_means(sums: Sums) -> dict[str, float]:
-    """Mean loss and accuracy from the sums "loss", "correct" and "samples"."""
-    return {"loss": _ratio(sums, "loss", "samples"), "acc": _ratio(sums, "correct", "samples")}
-
-
-def bert_means(sums: Sums) -> dict[str, float]:
-    """Loss = lm + ns, where lm = sum "lm" / "masked", ns = sum "ns" / "samples"; acc = "correct" / "masked"."""
-    lm, ns = _ratio(sums, "lm", "masked"), _ratio(sums, "ns", "samples")
-    return {"loss": lm + ns, "lm": lm, "ns": ns, "acc": _ratio(sums, "correct", "masked")}
-
-
-class TaskLog(NamedTuple):
-    """How a task turns sums into means, its line per epoch, and the metric of its speed line: (text, key)."""
-
-    means: Callable[[Sums], dict[str, float]]
-    train_line: Callable[..., str]
-    metric: tuple[str, str]
-
-
-TASKS: Mapping[str, TaskLog] = MappingProxyType(
-    {
-        "resnet": TaskLog(resnet_means, resnet_train_line, ("accuracy", "acc")),
-        "bert": TaskLog(bert_means, bert_train_line, ("loss", "loss")),
-    }
-)
 
 
 class Rows(NamedTuple):
@@ -140,7 +97,7 @@ class Writer(Protocol):
     """Where scalars go besides the console."""
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
-        """Take the values of one event: "start", "window", "train", "validation" or a name of the caller's."""
+        """Take the values of one event: settings, start, window, train, validation or a name of the caller's."""
 
     def close(self) -> None:
         """Leave nothing unwritten."""
@@ -171,6 +128,9 @@ class JsonLines:
 class TensorBoard:
     """Scalars under the reference's tags (x = epoch), and the speed under Performance/ (x = update).
 
+    Args:
+        means: names of what the criterion measures; each gets a tag of its own wherever it is said.
+
     Raises:
         UserError: the folder cannot be written.
     """
@@ -178,8 +138,6 @@ class TensorBoard:
     TAGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         {
             "train": {
-                "loss": "Train/loss",
-                "acc": "Train/acc",
                 "partner": "Train/Partner",
                 "waited_s": "Replicas/waited_s",
                 "staleness": "Replicas/staleness",
@@ -188,21 +146,26 @@ class TensorBoard:
                 "lost": "Replicas/lost",
             },
             "consensus": {"distance": "Replicas/consensus_distance"},
-            "validation": {"loss": "Validation/loss", "acc": "Validation/acc"},
+            "validation": {},
             "window": {
                 "samples_per_s": "Performance/samples_per_s",
                 "step_s": "Performance/step_s",
                 "bubble": "Performance/bubble",
                 "memory_bytes": "Performance/memory_bytes",
                 "lr": "Performance/lr",
-                "loss": "Performance/loss",
             },
         }
     )
+    ROOMS: Mapping[str, str] = MappingProxyType(
+        {"train": "Train", "validation": "Validation", "window": "Performance"}  # of the means
+    )
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, means: Iterable[str] = ("loss",)) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and only one rank needs it
 
+        self._tags = {event: dict(tags) for event, tags in self.TAGS.items()}
+        for event, room in self.ROOMS.items():
+            self._tags[event] |= {name: f"{room}/{name}" for name in means}
         try:
             self._writer: Any = SummaryWriter(str(directory))
         except OSError as error:
@@ -210,26 +173,55 @@ class TensorBoard:
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         step = values.get("update" if event in ("window", "consensus") else "epoch", 0)
-        for name, tag in self.TAGS.get(event, {}).items():
+        if event == "settings":
+            self._writer.add_text("settings", _table(values), values.get("batches", 0))
+        for name, tag in self._tags.get(event, {}).items():
             if name in values:
                 self._writer.add_scalar(tag, values[name], step)
         for name in values:
             if name.startswith("samples_of_pipeline_"):
                 self._writer.add_scalar(f"Replicas/{name}", values[name], step)
-        groups = {name: times for name, times in values.items() if name.startswith("groups_of_")}
-        if groups:
-            sizes = [int(name.removeprefix("groups_of_")) for name, times in groups.items() for _ in range(int(times))]
-            self._writer.add_histogram("Replicas/group_size", torch.tensor(sizes), step, bins="auto")
-        if event in ("train", "validation"):
+        sizes = group_sizes(values)
+        if sizes:
+            self._add_histogram("Replicas/group_size", sizes, step)
+        if event in ("settings", "train", "validation"):
             self._writer.flush()
+
+    def _add_histogram(self, tag: str, counts: Mapping[int, float], step: int) -> None:
+        """A histogram of values that occurred so often; a bar per value, however often that was."""
+        self._writer.add_histogram_raw(
+            tag,
+            min=min(counts),
+            max=max(counts),
+            num=sum(counts.values()),
+            sum=sum(value * times for value, times in counts.items()),
+            sum_squares=sum(value * value * times for value, times in counts.items()),
+            bucket_limits=[value + 0.5 for value in sorted(counts)],
+            bucket_counts=[counts[value] for value in sorted(counts)],
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()
 
 
-def run_directory(runs: str | Path, name: str, *, now: datetime) -> Path:
-    """TensorBoard's folder of this run: runs/NAME, or runs/TIME without a name."""
-    return Path(runs) / (name or now.strftime("%Y-%m-%d_%H-%M-%S"))
+GROUPS = "groups_of_"  # and a size: how many groups were of this size
+
+
+def group_sizes(values: Mapping[str, Any]) -> dict[int, float]:
+    """How often each size of a group occurs among the values of an event."""
+    sizes = {int(name.removeprefix(GROUPS)): times for name, times in values.items() if name.startswith(GROUPS)}
+    return {size: times for size, times in sorted(sizes.items()) if times}
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """Settings as a table in Markdown, which TensorBoard draws."""
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
+
+
+def run_name(name: str, *, now: datetime) -> str:
+    """What a run is called, and its folder in --runs: as it was told, else by the time."""
+    return name or now.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 class RunLog:
@@ -240,9 +232,14 @@ class RunLog:
     """
 
     def __init__(
-        self, task: str, *, say: Callable[[str], None], writers: tuple[Writer, ...] = (), replicas: float = 1
+        self,
+        criterion: Criterion,
+        *,
+        say: Callable[[str], None],
+        writers: tuple[Writer, ...] = (),
+        replicas: float = 1,
     ) -> None:
-        self._task = TASKS[task]
+        self._criterion = criterion
         self.say = say
         self._writers = writers
         self.replicas = replicas  # that train as fast as this one; speeds are of the whole job
@@ -255,6 +252,10 @@ class RunLog:
         self.say(training_line(epochs, iterations))
         self._write("start", {"epochs": epochs, "iterations": iterations, **extra})
 
+    def settings(self, values: Mapping[str, Any], *, batches: int) -> None:
+        """What the run was told, after `batches` batches; to the writers only."""
+        self._write("settings", {"batches": batches, **values})
+
     def go_on(self, update: int) -> None:
         """The run stands after `update` updates: the curve goes on from there."""
         self._update = update
@@ -264,27 +265,29 @@ class RunLog:
     ) -> None:
         """`batch` batches of the epoch and `update` updates of the run are done; `rows` are those of the window."""
         sums = rows.sums()
-        means = self._task.means(sums)
-        speed = self.replicas * sums["samples"] / seconds if seconds > 0 else 0.0
-        metric, key = self._task.metric
-        self.say(speed_line(epoch, batch, samples_per_s=speed, metric=metric, value=means[key]))
+        means = self._criterion.means(sums)
+        speed = self.replicas * sums.get("samples", 0.0) / seconds if seconds > 0 else 0.0
+        shown = self._criterion.wording.window.format(**means)
+        self.say(speed_line(epoch, batch, samples_per_s=speed, shown=shown))
         values = {"samples_per_s": speed, "step_s": seconds / max(1, update - self._update), **means, "lr": lr}
         self._write("window", {"epoch": epoch, "batch": batch, "update": update, **values, **extra})
         self._extend_curve(rows, update)
 
     def epoch(self, *, epoch: int, update: int, sums: Sums, lr: float, seconds: float, **extra: Any) -> None:
         """An epoch is over; `sums` are those of all its batches, over all replicas."""
-        means = self._task.means(sums)
-        self.say(self._task.train_line(epoch, means, lr=lr, seconds=seconds))
+        means = self._criterion.means(sums)
+        self.say(self._criterion.wording.train.format(epoch=epoch, lr=lr, seconds=seconds, **means))
         values = {"epoch": epoch, "update": update, **means, "lr": lr, "seconds": seconds}
-        self._write("train", {**values, "samples": sums["samples"], **extra})
+        self._write("train", {**values, "samples": sums.get("samples", 0.0), **extra})
 
     def validation(self, *, epoch: int, update: int, sums: Sums, **extra: Any) -> None:
         """A validation is over; `sums` are those of the whole validation set."""
-        means = self._task.means(sums)
-        self.say(eval_line(epoch, means))
+        means = self._criterion.means(sums)
+        self.say(self._criterion.wording.validation.format(epoch=epoch, **means))
         self.validations.append((update, means["loss"]))
-        self._write("validation", {"epoch": epoch, "update": update, **means, "samples": sums["samples"], **extra})
+        self._write(
+            "validation", {"epoch": epoch, "update": update, **means, "samples": sums.get("samples", 0.0), **extra}
+        )
 
     def event(self, event: str, values: Mapping[str, Any]) -> None:
         """Anything else, to the writers only."""
@@ -299,17 +302,12 @@ class RunLog:
         each = rows.each()
         updates_per_row = (update - self._update) / max(1, len(each))
         for number, row in enumerate(each, 1):
-            self.curve.append((self._update + number * updates_per_row, self._task.means(row)["loss"]))
+            self.curve.append((self._update + number * updates_per_row, self._criterion.means(row)["loss"]))
         self._update = update
 
     def _write(self, event: str, values: Mapping[str, Any]) -> None:
         for writer in self._writers:
             writer.write(event, values)
-
-
-def _ratio(sums: Sums, above: str, below: str) -> float:
-    """NaN where there is nothing to divide by, and 0 for a sum that nobody collects."""
-    return sums.get(above, 0.0) / sums[below] if sums.get(below) else math.nan
 
 
 def _to_floats(values: list[Tensor | float]) -> list[float]:

@@ -78,6 +78,8 @@ def optimizer_of(settings: Settings) -> OptimizerFactory:
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
+        betas=settings.adam_betas,
+        eps=settings.adam_eps,
     )
 
 

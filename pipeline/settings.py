@@ -116,6 +116,8 @@ class Settings:
     learning_rate: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-7  # the reference's
     weight_decay: float = 5e-4
     no_decay_norm_bias: bool = False
     clip_grad_norm: float | None = None
@@ -207,8 +209,7 @@ class Settings:
     def to_values(self) -> dict[str, Any]:
         """The settings as JSON-able values, for a checkpoint or a report."""
         values = dataclasses.asdict(self)
-        values["lr_milestones"] = None if self.lr_milestones is None else list(self.lr_milestones)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def default_settings(task: str) -> Settings:
@@ -235,6 +236,15 @@ def parse_milestones(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise UserError(f"--lr-milestones {text}: expected epochs divided by commas, as in 30,60,90") from None
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """Two numbers from '0.9,0.999'; raises `UserError`."""
+    try:
+        first, second = (float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--adam-betas {text}: expected two numbers divided by a comma, as in 0.9,0.999") from None
+    return first, second
 
 
 _FROM_ONE = (
@@ -272,6 +282,7 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
 )
 _ABOVE_ZERO = (
     "learning_rate",
+    "adam_eps",
     "lr_factor",
     "clip_grad_norm",
     "timeout",
@@ -324,9 +335,19 @@ def _check_schedule(settings: Settings) -> None:
         )
 
 
+def _default(name: str) -> Any:
+    return Settings.__dataclass_fields__[name].default
+
+
 def _check_learning_rate(settings: Settings) -> None:
     if settings.nesterov and (settings.optimizer != "sgd" or settings.momentum == 0):
         raise UserError("--nesterov needs --optimizer sgd and a --momentum above 0")
+    if not all(0 <= beta < 1 for beta in settings.adam_betas):
+        text = ",".join(f"{beta:g}" for beta in settings.adam_betas)
+        raise UserError(f"--adam-betas {text}: expected two numbers from 0 to below 1, as in 0.9,0.999")
+    for name in ("adam_betas", "adam_eps"):
+        if getattr(settings, name) != _default(name) and settings.optimizer != "adamw":
+            raise UserError(f"{option(name)} needs --optimizer adamw")
     if settings.warmup_epochs is not None and settings.warmup_steps is not None:
         raise UserError("--warmup-epochs and --warmup-steps were both given; give one")
     for name in ("lr_milestones", "lr_factor"):
@@ -364,9 +385,8 @@ def _check_replicas(settings: Settings) -> None:
     """Options of a synchroniser that was not chosen would silently do nothing."""
     if settings.local_sgd and (settings.preduce or settings.adpsgd):
         raise UserError(f"--local-sgd and {'--adpsgd' if settings.adpsgd else '--preduce'} were both given; give one")
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     for name, owners in _OF_SYNCHRONISERS.items():
-        if getattr(settings, name) != defaults[name] and settings.synchroniser not in owners:
+        if getattr(settings, name) != _default(name) and settings.synchroniser not in owners:
             raise UserError(f"{option(name)} needs {' or '.join(option(owner) for owner in owners)}")
     if settings.sync_momentum != "keep" and settings.adpsgd and settings.adpsgd_matching == "async":
         raise UserError("--sync-momentum with --adpsgd: averaging happens at any time; add --adpsgd-matching sync")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from time import perf_counter, time
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from pipeline.feed import Microbatches, MicrobatchFeed, Plan, Samples, Validatio
 from pipeline.gpu_clock import GpuClock, Handlers, cuda_clock
 from pipeline.hetero import Profile
 from pipeline.journal import Journal
+from pipeline.metrics import run_name
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
 from pipeline.optim import make_learning_rate, optimizer_of
@@ -268,6 +270,7 @@ class Trainer:
         return Journal(
             self.settings,
             self.calendar,
+            self.task.criterion,
             speaks=lambda: self.world.pipeline == 0,
             pipelines=self.world.num_pipelines,
             rate=self.rate,
@@ -275,6 +278,7 @@ class Trainer:
             progress=self.world.progress,
             busy_s=lambda: self.executor.busy_s,
             device=str(self.world.device),
+            run_name=run_name(self.settings.name, now=datetime.now()),
             resumed=self.settings.resume is not None,
         )
 

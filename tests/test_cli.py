@@ -86,6 +86,13 @@ def test_every_option_reaches_its_field() -> None:
     assert settings.warmup_updates(100) == 7 and settings.compile and settings.validate_every == 0
 
 
+def test_adamws_numbers_are_options_whose_defaults_are_the_references() -> None:
+    assert (parse_bert([]).adam_betas, parse_bert([]).adam_eps) == ((0.9, 0.999), 1e-7)
+    settings = parse_bert(["--adam-betas", "0.9,0.98", "--adam-eps", "1e-6"])
+    assert (settings.adam_betas, settings.adam_eps) == ((0.9, 0.98), 1e-6)
+    assert "| `--adam-betas` | 0.9,0.999 |" in flags_as_markdown()
+
+
 def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean --microbatches?" in complaint(capsys, "--microbatch", "4")
     assert "did you mean --learning-rate?" in complaint(capsys, "--learning_rate=0.1")
@@ -143,6 +150,11 @@ def test_options_of_bert_are_no_options_of_resnet(capsys: pytest.CaptureFixture[
         ("--pipeline gpipe --batch-size 2 --microbatches 3", "give fewer micro-batches"),
         ("--batchnorm deferred", "choose gpipe or 1f1b"),
         ("--optimizer adamw --nesterov", "--nesterov needs --optimizer sgd"),
+        ("--optimizer adamw --adam-betas 0.9", "argument --adam-betas: expected two numbers divided by a comma"),
+        ("--optimizer adamw --adam-betas 0.9,1", "--adam-betas 0.9,1: expected two numbers from 0 to below 1"),
+        ("--optimizer adamw --adam-eps 0", "--adam-eps 0: expected a number above 0"),
+        ("--adam-betas 0.9,0.98", "--adam-betas needs --optimizer adamw"),
+        ("--adam-eps 1e-6", "--adam-eps needs --optimizer adamw"),
         ("--warmup-steps 1 --warmup-epochs 1", "give one"),
         ("--lr-milestones 3,6", "only step uses it"),
         ("--lr-schedule step --lr-milestones 6,3", "--lr-milestones 6,3: expected increasing epochs"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.journal import mixed_since
 from pipeline.metrics import (
     JsonLines,
     Rows,
@@ -20,29 +21,27 @@ from pipeline.metrics import (
     TensorBoard,
     Window,
     add_sums,
-    bert_means,
-    bert_train_line,
-    eval_line,
     io_line,
-    resnet_means,
-    resnet_train_line,
-    run_directory,
+    run_name,
     speed_line,
     training_line,
 )
+from pipeline.models.criterion import BertPretraining, Classification, Criterion
+from pipeline.models.emulated import SumOfShares
 
 
 def test_the_lines_are_the_references_to_the_letter() -> None:
     assert training_line(100, 390) == "Training 100 epoch, each epoch runs 390 iteration"
-    resnet = resnet_train_line(3, {"loss": 1.23456, "acc": 0.5}, lr=0.01, seconds=12.34567)
-    assert resnet == "3 TRAIN loss 1.2346 acc 0.5000 lr 1.00e-02, time 12.3457"
-    assert eval_line(3, {"loss": 1.5, "acc": 0.98765}) == "3 EVAL  loss 1.5000 acc 0.9877"
-    bert = bert_train_line(0, {"loss": 10.5, "lm": 9.8, "ns": 0.7}, lr=1e-5, seconds=2.0)
-    assert bert == "0 TRAIN loss 10.5000  lm 9.8000e+00 ns 7.0000e-01 lr 1.0000e-05, time 2.0000"
+    resnet, bert = Classification().wording, BertPretraining().wording
+    said = resnet.train.format(epoch=3, loss=1.23456, acc=0.5, lr=0.01, seconds=12.34567)
+    assert said == "3 TRAIN loss 1.2346 acc 0.5000 lr 1.00e-02, time 12.3457"
+    assert resnet.validation.format(epoch=3, loss=1.5, acc=0.98765) == "3 EVAL  loss 1.5000 acc 0.9877"
+    said = bert.train.format(epoch=0, loss=10.5, lm=9.8, ns=0.7, lr=1e-5, seconds=2.0)
+    assert said == "0 TRAIN loss 10.5000  lm 9.8000e+00 ns 7.0000e-01 lr 1.0000e-05, time 2.0000"
 
 
 def test_the_speed_line_is_mxnets() -> None:
-    line = speed_line(0, 20, samples_per_s=1234.567, metric="accuracy", value=0.25)
+    line = speed_line(0, 20, samples_per_s=1234.567, shown=Classification().wording.window.format(acc=0.25))
     assert line == "Epoch[0] Batch [20]\tSpeed: 1234.57 samples/sec\taccuracy=0.250000"
     assert io_line(40, samples_per_s=99.0) == "Batch [40]\tSpeed: 99.00 samples/sec"
 
@@ -51,22 +50,50 @@ def test_means_weigh_uneven_batches_by_their_samples() -> None:
     window = Window()
     window.add(loss=torch.tensor(10.0), correct=torch.tensor(6), samples=10)
     window.add(loss=torch.tensor(0.0), correct=torch.tensor(2), samples=2)
-    means = resnet_means(window.take().sums())
+    means = Classification().means(window.take().sums())
     assert means == {"loss": pytest.approx(10 / 12), "acc": pytest.approx(8 / 12)}
 
 
 def test_uneven_shards_are_added_before_they_are_divided() -> None:
     shards = [{"loss": 30.0, "correct": 1.0, "samples": 3.0}, {"loss": 1.0, "correct": 1.0, "samples": 1.0}]
-    assert resnet_means(add_sums(*shards)) == {"loss": 31 / 4, "acc": 2 / 4}
+    assert Classification().means(add_sums(*shards)) == {"loss": 31 / 4, "acc": 2 / 4}
 
 
 def test_berts_loss_is_the_mean_over_masked_words_plus_the_mean_over_pairs() -> None:
-    means = bert_means({"lm": 90.0, "masked": 10.0, "ns": 3.0, "samples": 4.0, "correct": 5.0})
-    assert means == {"loss": 9.75, "lm": 9.0, "ns": 0.75, "acc": 0.5}
+    sums = {"lm": 90.0, "masked": 10.0, "ns": 3.0, "samples": 4.0, "correct": 5.0, "ns_correct": 1.0}
+    assert BertPretraining().means(sums) == {"loss": 9.75, "lm": 9.0, "ns": 0.75, "acc": 0.5, "ns_acc": 0.25}
 
 
-def test_means_of_nothing_are_not_a_number_rather_than_an_error() -> None:
-    assert all(math.isnan(value) for value in resnet_means({}).values())
+def test_where_nothing_was_masked_words_cost_nothing() -> None:
+    sums = {"lm": 0.0, "masked": 0.0, "ns": 3.0, "samples": 4.0, "correct": 0.0, "ns_correct": 1.0}
+    assert BertPretraining().means(sums)["loss"] == 0.75
+
+
+@pytest.mark.parametrize("criterion", [Classification(top_k=(1, 5)), BertPretraining(), SumOfShares()])
+def test_every_line_of_a_criterion_follows_from_its_means_also_of_nothing(criterion: Criterion) -> None:
+    means = criterion.means({})
+    assert "loss" in means and all(math.isnan(value) for value in means.values())
+    for template in criterion.wording:
+        assert "nan" in template.format(epoch=0, lr=0.1, seconds=1.0, **means)
+
+
+def test_an_emulated_run_says_no_accuracy() -> None:
+    said: list[str] = []
+    log = RunLog(SumOfShares(), say=said.append)
+    log.window(epoch=0, batch=4, update=4, rows=Rows({"loss": [3.0], "samples": [2.0]}), seconds=1.0, lr=0.1)
+    log.epoch(epoch=0, update=4, sums={"loss": 3.0, "samples": 2.0}, lr=0.1, seconds=1.0)
+    assert said[0].endswith("\tloss=1.500000")
+    assert said[1] == "0 TRAIN loss 1.5000 lr 1.00e-01, time 1.0000"
+
+
+def test_an_epoch_without_batches_has_a_line_and_no_error() -> None:
+    said: list[str] = []
+    kept = Kept()
+    log = RunLog(Classification(), say=said.append, writers=(kept,))
+    log.epoch(epoch=2, update=30, sums={}, lr=0.1, seconds=0.5)
+    log.window(epoch=2, batch=1, update=30, rows=Rows({}), seconds=0.5, lr=0.1)
+    assert said[0] == "2 TRAIN loss nan acc nan lr 1.00e-01, time 0.5000"
+    assert kept.events[0][1]["samples"] == 0.0 and "Speed: 0.00 samples/sec" in said[1]
 
 
 def test_a_window_reads_nothing_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +143,7 @@ def rows_of(*losses: float) -> Rows:
 def test_a_run_says_each_event_once_and_keeps_the_curve() -> None:
     said: list[str] = []
     kept = Kept()
-    log = RunLog("resnet", say=said.append, writers=(kept,))
+    log = RunLog(Classification(), say=said.append, writers=(kept,))
     log.go_on(10)
     log.start(1, 4)
     log.window(epoch=0, batch=4, update=14, rows=rows_of(4, 3, 2, 1), seconds=2.0, lr=0.1, bubble=0.25)
@@ -137,8 +164,8 @@ def test_a_run_says_each_event_once_and_keeps_the_curve() -> None:
 
 def test_a_bert_run_has_its_own_lines() -> None:
     said: list[str] = []
-    log = RunLog("bert", say=said.append)
-    sums = {"lm": 40.0, "masked": 10.0, "ns": 2.0, "samples": 4.0}
+    log = RunLog(BertPretraining(), say=said.append)
+    sums = {"lm": 40.0, "masked": 10.0, "ns": 2.0, "samples": 4.0, "correct": 1.0, "ns_correct": 1.0}
     rows = Rows({name: [value] for name, value in sums.items()})
     log.window(epoch=0, batch=1, update=1, rows=rows, seconds=1.0, lr=1e-4)
     log.epoch(epoch=0, update=1, sums=sums, lr=1e-4, seconds=1.0)
@@ -167,9 +194,9 @@ def test_a_metrics_file_that_cannot_be_written_is_the_users_mistake(tmp_path: Pa
 def test_tensorboard_has_the_references_tags(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    directory = run_directory(tmp_path, "mine", now=datetime(2024, 1, 2))
-    board = TensorBoard(directory)
-    log = RunLog("resnet", say=lambda line: None, writers=(board,))
+    directory = tmp_path / run_name("mine", now=datetime(2024, 1, 2))
+    board = TensorBoard(directory, means=Classification().means({}))
+    log = RunLog(Classification(), say=lambda line: None, writers=(board,))
     log.window(epoch=7, batch=2, update=30, rows=rows_of(4, 2), seconds=1.0, lr=0.1, bubble=0.1, memory_bytes=5)
     log.epoch(epoch=7, update=30, sums=rows_of(4, 2).sums(), lr=0.1, seconds=1.0)
     log.validation(epoch=7, update=30, sums=rows_of(1).sums())
@@ -180,11 +207,55 @@ def test_tensorboard_has_the_references_tags(tmp_path: Path) -> None:
     assert scalars["Train/loss"] == (7, 3.0) and scalars["Validation/loss"] == (7, 1.0)
     assert scalars["Train/acc"] == scalars["Validation/acc"] == (7, 0.5)
     assert scalars["Performance/samples_per_s"] == (30, 4.0) and scalars["Performance/bubble"][0] == 30
-    assert {"Performance/step_s", "Performance/memory_bytes", "Performance/lr"} < set(scalars)
+    assert {"Performance/step_s", "Performance/memory_bytes", "Performance/lr", "Performance/acc"} < set(scalars)
+
+
+def test_tensorboard_has_everything_that_is_said_of_a_bert_and_the_settings(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    criterion = BertPretraining()
+    log = RunLog(criterion, say=lambda line: None, writers=(TensorBoard(tmp_path, means=criterion.means({})),))
+    sums = {"lm": 40.0, "masked": 10.0, "ns": 2.0, "samples": 4.0, "correct": 1.0, "ns_correct": 1.0}
+    log.settings({"adam_eps": 1e-7, "model": "bert-base"}, batches=0)
+    log.epoch(epoch=1, update=30, sums=sums, lr=0.1, seconds=1.0)
+    log.validation(epoch=1, update=30, sums=sums)
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for room in ("Train", "Validation"):
+        for name, value in criterion.means(sums).items():
+            (point,) = events.Scalars(f"{room}/{name}")
+            assert (point.step, point.value) == (1, pytest.approx(value))
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| adam_eps | 1e-07 |" in text and "| model | bert-base |" in text
+
+
+def test_the_histogram_of_groups_has_a_bar_a_size_however_often_there_were_groups(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    board.write("train", {"epoch": 3, "groups_of_2": 10**12, "groups_of_4": 3 * 10**12, "groups_of_8": 0})
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    histogram = events.Histograms("Replicas/group_size")[0].histogram_value
+    assert (histogram.min, histogram.max, histogram.num) == (2, 4, 4e12)
+    assert sum(histogram.bucket) == 4e12 and histogram.sum == 14e12
+
+
+def test_what_mixing_did_in_an_epoch_is_not_what_it_did_in_all() -> None:
+    first = {"groups_of_2": 6, "groups_of_3": 2, "waited_s": 1.0, "mixed_bytes": 10.0, "distance": 0.5, "partner": 2.25}
+    then = {"groups_of_2": 6, "groups_of_3": 4, "waited_s": 1.5, "mixed_bytes": 15.0, "distance": 0.1, "partner": 2.4}
+    assert mixed_since({}, first) == first
+    assert mixed_since(first, then) == {
+        "groups_of_2": 0, "groups_of_3": 2, "waited_s": 0.5, "mixed_bytes": 5.0, "distance": 0.1, "partner": 3.0,
+    }  # fmt: skip
+    assert mixed_since(then, then)["partner"] == 0.0
 
 
 def test_a_run_without_a_name_is_called_by_the_time() -> None:
-    assert run_directory("runs", "", now=datetime(2024, 1, 2, 3, 4, 5)) == Path("runs/2024-01-02_03-04-05")
+    assert run_name("", now=datetime(2024, 1, 2, 3, 4, 5)) == "2024-01-02_03-04-05"
+    assert run_name("mine", now=datetime(2024, 1, 2, 3, 4, 5)) == "mine"
 
 
 def test_tensorboard_is_imported_only_when_it_is_used() -> None:

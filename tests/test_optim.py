@@ -14,6 +14,7 @@ from pipeline.optim import (
     default_milestones,
     make_learning_rate,
     make_optimizer,
+    optimizer_of,
 )
 from pipeline.settings import Settings, default_settings
 
@@ -150,3 +151,9 @@ def test_where_a_flat_is_cut_at_sixteens_does_not_change_a_bit(name: str) -> Non
 def test_an_unknown_rule_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown optimizer 'lamb'; choose from sgd, adamw"):
         make_optimizer("lamb", learning_rate=0.1)
+
+
+def test_adamws_numbers_reach_the_rule() -> None:
+    settings = Settings(optimizer="adamw", adam_betas=(0.8, 0.98), adam_eps=1e-6)
+    (group,) = optimizer_of(settings)([torch.nn.Parameter(torch.zeros(2))]).param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, 0.98), 1e-6)

@@ -9,8 +9,9 @@ their tokens are masked. So the normalisers are counted over the batch before it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,29 @@ from torch import Tensor
 from pipeline.models.layered import Tensors
 
 Sums = dict[str, Tensor]
+EVAL = "{epoch} EVAL  loss {loss:.4f} acc {acc:.4f}"  # the reference's line after a validation
+
+
+class Wording(NamedTuple):
+    """The log lines of a task, as templates of its means: at the end of an epoch, after a validation, of a window."""
+
+    train: str  # also {epoch}, {lr}, {seconds}
+    validation: str  # also {epoch}
+    window: str  # what stands after the speed
 
 
 class Criterion(Protocol):
-    """A loss over a batch in parts, and the sums from which the metrics of an epoch follow.
+    """A loss over a batch in parts, the sums from which the metrics of an epoch follow, and what is said of them.
 
-    names: of the sums. uneven: whether batches of equally many samples may have different counts.
+    names: of the sums, "samples" among them. uneven: whether batches of equally many samples may have different counts.
     """
 
     @property
     def names(self) -> tuple[str, ...]: ...
     @property
     def uneven(self) -> bool: ...
+    @property
+    def wording(self) -> Wording: ...
 
     def count(self, targets: Tensors) -> Tensors:
         """The normalisers of a WHOLE batch, as 0-dimensional float tensors on the targets' device."""
@@ -39,7 +51,7 @@ class Criterion(Protocol):
         """This micro-batch's share of the batch's loss (float32), and detached sums to be added up by key."""
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of everything added up: 'loss' and what else the log lines show."""
+        """Metrics of everything added up: 'loss' and what else is logged; of no samples they are not a number."""
 
 
 class Classification:
@@ -58,6 +70,9 @@ class Classification:
         self.top_k = tuple(k for k in top_k if k > 1)
         self.names = ("loss", "samples", "correct", *(f"correct{k}" for k in self.top_k))
         self.uneven = False
+        self.wording = Wording(  # the reference's, and MXNet's Speedometer's
+            "{epoch} TRAIN loss {loss:.4f} acc {acc:.4f} lr {lr:.2e}, time {seconds:.4f}", EVAL, "accuracy={acc:f}"
+        )
 
     def count(self, targets: Tensors) -> Tensors:
         return (_number_of(targets[0]),)
@@ -77,9 +92,9 @@ class Classification:
         return total / counts[0], sums
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        samples = max(sums["samples"], 1)
-        result = {"loss": sums["loss"] / samples, "acc": sums["correct"] / samples}
-        return result | {f"acc{k}": sums[f"correct{k}"] / samples for k in self.top_k}
+        samples = sums.get("samples", 0.0)
+        result = {"loss": per(sums, "loss", samples), "acc": per(sums, "correct", samples)}
+        return result | {f"acc{k}": per(sums, f"correct{k}", samples) for k in self.top_k}
 
 
 class BertPretraining:
@@ -88,14 +103,18 @@ class BertPretraining:
     loss = sum of token cross entropies / masked tokens of the batch + sentence cross entropies / batch.
     outputs: (prediction scores (batch, seq, vocab), sentence scores (batch, 2));
     targets: (token ids (batch, seq), `ignore` where nothing was masked; next sentence (batch,), 0 = follows).
-    sums: lm (over tokens), masked, ns (over sequences), samples, correct (masked tokens), ns_correct, and
-    loss (the batch's loss times its samples, so that loss / samples is the mean over sequences).
+    sums: lm (over tokens), masked, ns (over sequences), samples, correct (masked tokens) and ns_correct.
     """
 
     def __init__(self, *, ignore: int = -1) -> None:
         self.ignore = ignore
-        self.names = ("loss", "samples", "lm", "masked", "correct", "ns", "ns_correct")
+        self.names = ("samples", "lm", "masked", "correct", "ns", "ns_correct")
         self.uneven = True
+        self.wording = Wording(  # the reference's; the two blanks after the loss are its own
+            "{epoch} TRAIN loss {loss:.4f}  lm {lm:.4e} ns {ns:.4e} lr {lr:.4e}, time {seconds:.4f}",
+            EVAL,
+            "loss={loss:f}",
+        )
 
     def count(self, targets: Tensors) -> Tensors:
         """(masked tokens, at least 1 so that a batch without any costs nothing; sequences)."""
@@ -113,7 +132,6 @@ class BertPretraining:
         loss = lm / masked + nsp / samples
         with torch.no_grad():
             sums = {
-                "loss": loss.detach() * samples,
                 "samples": _number_of(follows),
                 "lm": lm.detach(),
                 "masked": self._masked(labels),
@@ -124,14 +142,16 @@ class BertPretraining:
         return loss, sums
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        samples, masked = max(sums["samples"], 1), max(sums["masked"], 1)
-        return {
-            "loss": sums["loss"] / samples,
-            "lm": sums["lm"] / masked,
-            "ns": sums["ns"] / samples,
-            "acc": sums["correct"] / masked,
-            "ns_acc": sums["ns_correct"] / samples,
-        }
+        samples = sums.get("samples", 0.0)
+        masked = max(sums.get("masked", 0.0), 1.0) if samples else 0.0  # where nothing was masked, it costs nothing
+        lm, ns = per(sums, "lm", masked), per(sums, "ns", samples)
+        hits = {"acc": per(sums, "correct", masked), "ns_acc": per(sums, "ns_correct", samples)}
+        return {"loss": lm + ns, "lm": lm, "ns": ns, **hits}
+
+
+def per(sums: Mapping[str, float], name: str, count: float) -> float:
+    """A sum over a count; of nothing it is not a number."""
+    return sums[name] / count if count else math.nan
 
 
 def _number_of(labels: Tensor) -> Tensor:

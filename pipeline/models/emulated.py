@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.emulation import Emulation
-from pipeline.models.criterion import Sums
+from pipeline.models.criterion import Sums, Wording, per
 from pipeline.models.layered import Block, LayeredModel, Tensors
 from pipeline.transport.pool import Memory
 
@@ -66,23 +66,27 @@ class EmulatedBlock(nn.Module):
 class SumOfShares:
     """The mean over the samples of what all blocks together have added.
 
-    outputs: ((batch, 2),) of the last block; targets: (anything (batch, ...),). Sums under the names that the logs of
-    both tasks look for.
+    outputs: ((batch, 2),) of the last block; targets: (anything (batch, ...),). There is nothing to be right about, so
+    no accuracy is said.
     """
 
-    names = ("loss", "samples", "lm", "masked")
+    names = ("loss", "samples")
     uneven = False
+    wording = Wording(
+        "{epoch} TRAIN loss {loss:.4f} lr {lr:.2e}, time {seconds:.4f}",
+        "{epoch} EVAL  loss {loss:.4f}",
+        "loss={loss:f}",
+    )
 
     def count(self, targets: Tensors) -> Tensors:
         return (torch.full((), float(len(targets[0])), device=targets[0].device),)
 
     def __call__(self, outputs: Tensors, targets: Tensors, counts: Tensors) -> tuple[Tensor, Sums]:
         total, samples = outputs[0][:, 1].sum(), self.count(targets)[0]
-        loss = total.detach()
-        return total / counts[0], {"loss": loss, "samples": samples, "lm": loss, "masked": samples}
+        return total / counts[0], {"loss": total.detach(), "samples": samples}
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
-        return {"loss": sums["loss"] / max(sums["samples"], 1)}
+        return {"loss": per(sums, "loss", sums.get("samples", 0.0))}
 
 
 def emulated_model(stages: int, emulation: Emulation) -> LayeredModel:
