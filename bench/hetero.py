@@ -249,7 +249,7 @@ def client(options: argparse.Namespace) -> None:
         options.address, bytes.fromhex(os.environ["HETURUN_KEY"]), rules, stage=0, pipeline=options.client, timeout_s=60
     )
     line.hello()
-    line.gather("start", None, "all").result()
+    line.gather("start", None, "all", "nothing").result()
     began, groups, waited_s, k = time.time(), Counter[int](), 0.0, 0
     line.begin(0, 0, REPLICAS * options.steps)
     ticket = line.ticket(0, 0)

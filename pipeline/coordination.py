@@ -222,18 +222,21 @@ class Client:
         """All live replicas of this stage, when all have drained; the next attempt after a member was lost."""
         return self._ask("final", {"segment": segment, "attempt": attempt}, self._formed)
 
-    def gather(self, key: str, value: Any, scope: str) -> Future[dict[int, Any]]:
-        """The values of all live members of the scope, by worker rank; the same for all of them.
+    def gather(self, key: str, value: Any, scope: str, fold: str) -> Future[Any]:
+        """What the values of all live members of the scope come to; the same for all of them.
 
         Args:
+            fold: "nothing" (all have come), "all", "any", "sum" (of numbers by name), "given" (the only value that is
+                not None). With "rows to first" or "rows to speaker" one of them gets the values by worker rank, the
+                others None: the first rank, or the last stage of the first pipeline.
             scope: "stage" (its replicas), "pipeline" (its stages), "all", or "last" (the last stage's replicas; others
                 may listen, their value does not count).
         """
-        return self._ask("gather", {"key": key, "value": value, "scope": scope}, _values)
+        return self._ask("gather", {"key": key, "value": value, "scope": scope, "fold": fold}, _gathered)
 
-    def first(self, key: str, value: Any) -> Future[Any]:
-        """The value of whoever was the first to give one."""
-        return self._ask("first", {"key": key, "value": value}, lambda answer: answer["value"])
+    def first(self, key: str, value: Any, segment: int = -1) -> Future[Any]:
+        """The value of whoever was the first to give one; forgotten when the segment is over (-1, the start, never)."""
+        return self._ask("first", {"key": key, "value": value, "segment": segment}, lambda answer: answer["value"])
 
     def giver(self) -> Future[tuple[int, str]]:
         """A live replica of this stage to copy from, and its mesh address; called again, another one if there is."""
@@ -272,8 +275,9 @@ class Client:
             if failure is None and self._closed:
                 failure = _closed
             if failure is None or (kind == "bye" and not self._ended):
+                acked = self._acked()
                 self._asked += 1
-                message = {"type": kind, "n": self._asked, "g": self.generation, **fields}
+                message = {"type": kind, "n": self._asked, "g": self.generation, "a": acked, **fields}
                 if self._done is not None:
                     message["done"], self._done = self._done, None
                 payload = _encode(message).encode()
@@ -288,6 +292,14 @@ class Client:
         if failure is not None:
             future.set_exception(failure())
         return future
+
+    def _acked(self) -> int:
+        """All questions with smaller numbers are answered; to be called with the lock held."""
+        return next(iter(self._calls), self._asked + 1)
+
+    def _ping(self) -> Message:
+        with self._lock:
+            return {"type": "ping", "g": self.generation, "a": self._acked()}
 
     def _note(self, kind: str, fields: Message) -> None:
         """A question whose answer nobody waits for; a refusal is a mistake that ends this client."""
@@ -453,7 +465,7 @@ class Client:
             renewed = self._mind(line, now, heard, renewed)
             self._flush(line)
             if now >= next_ping:
-                line.send(_encode({"type": "ping", "g": self.generation}).encode())
+                line.send(_encode(self._ping()).encode())
                 next_ping = now + self._ping_s
             pause_s = max(0.0, next_ping - time.monotonic())
             expected = time.monotonic() + pause_s
@@ -591,8 +603,8 @@ class _Line:
                 self.strange = True
 
 
-def _values(answer: Message) -> dict[int, Any]:
-    return dict(answer["values"])
+def _gathered(answer: Message) -> Any:
+    return dict(answer["rows"]) if "rows" in answer else answer["value"]
 
 
 def _closed() -> Exception:

@@ -11,16 +11,16 @@
 A pipeline is lost and comes back as a whole (`pipeline.roll`); its generation goes up whenever it is lost.
 
 Every message but a ping has a number `n`, unique for its worker, and gets exactly one answer with that number
-(`pipeline.post`). It also has the generation `g` that its sender believes in, which keeps out what a pipeline said
-before it heard that it was lost. No socket, thread or clock: `pipeline.coordinator` is the loop around it.
+(`pipeline.post`); `a` is the number up to which the worker has all its answers. It also has the generation `g` that its
+sender believes in, which keeps out what a pipeline said before it heard that it was lost. No socket, thread or clock:
+`pipeline.coordinator` is the loop around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-from pipeline.gathers import Answer, Gathers
+from pipeline.gathers import WAITING, Asker, Complete, FirstValues, Gathers, Name, objection
 from pipeline.groups import Final, Form, GroupScheduler, Joined, Left, Ready, Tick
 from pipeline.post import NEVER, Outgoing, Post
 from pipeline.roll import JobRules, Malformed, Message, Pipeline, Roll, Worker, field_of, listed
@@ -126,8 +126,8 @@ class _Job:
         self._raw_rules = rules
         self._post = Post()
         self._shares = Shares(self.rules.pipelines, even=self.rules.even)
-        self._gathers = Gathers()
-        self._first: dict[str, Any] = {}
+        self._gathers = Gathers(self.rules.stages)
+        self._first = FirstValues()
         self._scheduler: GroupScheduler | None = None  # since the start
         self._wake_at = NEVER  # the scheduler has nothing to do before that
         self._look_at = NEVER  # nobody is silent for too long before that
@@ -135,7 +135,6 @@ class _Job:
         self._range = (-1, 0, 0)  # segment, first ticket, stop
         self._closing = -1  # the segment whose final averages have begun
         self._rounds: dict[tuple[int, int], tuple[Worker, int]] = {}  # (stage, pipeline) -> who waits for a group
-        self._gatherers: dict[Any, list[tuple[Worker, int]]] = {}
         self._handlers: Mapping[str, Callable[[Worker, int, Message, float], None]] = {
             "ready": self._ready,
             "ticket": self._ticket,
@@ -161,6 +160,8 @@ class _Job:
             self._speaks_again(worker, now)
         pipeline = self.roll.pipelines[worker.pipeline]
         old = field_of(message, "g", int) < pipeline.generation
+        if "a" in message:
+            post.acknowledged(worker, field_of(message, "a", int))
         if kind == "ping":
             post.send(worker_id, {"type": "pong"})
             if old:
@@ -189,7 +190,8 @@ class _Job:
         if now >= self._look_at:
             self._look(now)
         if now >= self._post.expire_at:
-            self._post.expire(self.roll.asking(), now)
+            for worker, expired in self._post.expire(self.roll.asking(), now):
+                self._gathers.withdraw(Asker(worker, expired))
         return self._post.taken()
 
     def lost(self, index: int, reason: str, now: float, incarnation: int | None) -> Outgoing:
@@ -206,6 +208,7 @@ class _Job:
         return min(self._wake_at, self._look_at, self._post.expire_at)
 
     def _fail(self, worker: Worker, number: int, error: str, text: str) -> None:
+        self._gathers.withdraw(Asker(worker, number))
         self._post.fail(worker, number, error, text, self.roll.pipelines[worker.pipeline].generation)
 
     # --- the start
@@ -399,6 +402,7 @@ class _Job:
             self._fail(worker, number, "refused", f"segment {segment} is {known}, not [{first}, {stop})")
             return
         if segment > self._range[0]:
+            self._first.keep({segment, self._range[0], *(other.segment for other in self.roll.workers.values())})
             self._range = (segment, first, stop)
             self._shares.begin(segment, first, stop)
         worker.segment = segment
@@ -488,37 +492,45 @@ class _Job:
     # --- one answer for all
 
     def _gather(self, worker: Worker, number: int, message: Message, now: float) -> None:
-        key, scope = field_of(message, "key", str), field_of(message, "scope", str)
+        key, scope, fold = (field_of(message, name, str) for name in ("key", "scope", "fold"))
         if scope not in SCOPES or "value" not in message:
             raise Malformed(f"a gather needs a value and a scope of {', '.join(SCOPES)}")
         pipeline = self.roll.pipelines[worker.pipeline]
+        if (wrong := objection(fold, message["value"])) is not None:
+            self._fail(worker, number, "refused", wrong)
+            return
+        if scope != "pipeline" and pipeline.state != "live":
+            self._fail(worker, number, "fenced", pipeline.why)
+            return
         place = {"stage": (worker.stage,), "pipeline": (pipeline.index, pipeline.generation)}.get(scope, ())
-        name = (scope, place, key)
-        everybody = pipeline.workers.values() if scope == "pipeline" else self.roll.live_workers()
-        stage = {"stage": worker.stage, "last": self.rules.stages - 1}.get(scope)
-        members = (other.rank for other in everybody if stage in (None, other.stage) and not other.gone)
-        answer = self._gathers.give(name, worker.rank, message["value"], members)
+        name = Name(scope, place, key, fold)
+        members = (other.rank for other in self.roll.scope(worker, scope))
+        complete = self._gathers.ask(name, Asker(worker, number), worker.rank, message["value"], members)
         self._post.ask(worker, number, "gather", now, lambda: self._missing_in_gather(name))
-        self._gatherers.setdefault(name, []).append((worker, number))
-        if answer is not None:
-            self._complete({name: answer})
+        if complete is not None:
+            self._complete([complete])
+        elif len(waiting := [asked for asked, ask in worker.asks.items() if ask.kind == "gather"]) > WAITING:
+            text = f"{WAITING} later questions wait as well for {worker.asks[waiting[0]].missing()}"
+            self._fail(worker, waiting[0], "timeout", text)
 
-    def _missing_in_gather(self, name: tuple[str, tuple[int, ...], str]) -> str:
-        return f"{self.roll.named(self._gathers.missing(name))} to give {name[2]!r}"
+    def _missing_in_gather(self, name: Name) -> str:
+        return f"{self.roll.named(self._gathers.missing(name))} to give {name.key!r}"
 
-    def _complete(self, answers: Mapping[Any, Answer]) -> None:
+    def _complete(self, gathers: Iterable[Complete]) -> None:
         """Answers all who wait for these gathers."""
-        for name, answer in answers.items():
-            values = list(answer.items())
-            for worker, number in self._gatherers.pop(name, ()):
+        for _, value, receiver, rows, askers in gathers:
+            for asker, rank in askers:
+                worker, number = asker
+                assert isinstance(worker, Worker)
+                answer = {"rows": list(rows.items())} if rank == receiver else {"value": value}
                 if number in worker.asks:
-                    self._post.answer(worker, number, {"values": values})
+                    self._post.answer(worker, number, answer)
 
     def _first_value(self, worker: Worker, number: int, message: Message, now: float) -> None:
         if "value" not in message:
             raise Malformed("first without a value")
-        value = self._first.setdefault(field_of(message, "key", str), message["value"])
-        self._post.answer(worker, number, {"value": value})
+        segment, key = field_of(message, "segment", int), field_of(message, "key", str)
+        self._post.answer(worker, number, {"value": self._first.give(segment, key, message["value"])})
 
     # --- the way back
 

@@ -205,14 +205,14 @@ class ElasticTrainer(Trainer):
             return
         if self.sync is not None and not self.sync.state():  # else it goes on from a checkpoint
             self.sync.begin(self._vector.read(), self._vector.weights)
-        world.gather("serving", None, scope="stage")
+        world.gather("serving", None, scope="stage", fold="nothing")
         copied = False
         while not copied:
             first = min(world.live_pipelines())
             address = world.client.peers.get(first)  # None: it has been lost since
             mine = first == world.pipeline or (address is not None and self._adopt(first, address) is not None)
             world.mesh.connect()
-            copied = all(world.gather("copied", mine, scope="all").values())
+            copied = world.gather("copied", mine, scope="all", fold="all")
         self.executor.share_tied_weight(0)
 
     def _rejoin(self) -> None:
@@ -224,6 +224,7 @@ class ElasticTrainer(Trainer):
         copied = self._copy_a_replica()
         welcome = client.refreshed().result()
         self.world.tell_mesh()
+        self.probe.begin_anew()
         self.segment, self.k = welcome.segment, welcome.k
         self.book.life = welcome.generation
         while copied < self.segment < len(self.segments.stops):
@@ -263,7 +264,9 @@ class ElasticTrainer(Trainer):
         self.seconds += perf_counter() - started
         self.k = self.book.end
         self.mixer.drain()
-        self.probe.forget()
+        first, stop = self.segments.tickets(self.segment)
+        if stop > first:  # the last probes are of all as well, whoever did the last tickets
+            self.probe.updated(self.segments.update(stop - 1) + 1)
 
     def _at_stop(self, segment: int) -> None:
         """Everybody has the same weights: closes the books of the segment, validates, saves."""
@@ -317,7 +320,7 @@ class ElasticTrainer(Trainer):
                 self.world.client.done(batch)
         self._counted = k + 1
         self.world.diary.note("update", k=k, ticket=ticket, mixed=self.world.stats.now().mixed)
-        self.probe.updated(self.stage.updates)
+        self.probe.updated(self.segments.update(ticket) + 1)
         if self.journal is not None:
             self.journal.progressed(self.segments.batch(ticket) + 1, ticket, self.stage.take_sums())
 
@@ -338,8 +341,8 @@ class ElasticTrainer(Trainer):
             with suppress(GroupBroken):  # the survivors try again
                 mean = world.mesh.average(mine, group.members, group.round, generations=group.generations)
             # of all stages: nobody begins the next segment while others still average
-            answer = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "all").result()
-            if mean is not None and all(answer.values()):
+            whole = world.client.gather(f"final/{segment}/{attempt}", mean is not None, "all", "all").result()
+            if mean is not None and whole:
                 with self.guard:
                     vector.write(mean)
                 self.executor.share_tied_weight(self.k * self.plan.microbatches)

@@ -32,7 +32,7 @@ from pipeline.mesh import Mesh
 from pipeline.mixer import Link, MixStats
 from pipeline.settings import Settings
 from pipeline.sync import make_synchroniser
-from pipeline.world import World, add_rows
+from pipeline.world import World
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class ElasticWorld(World):
         self.diary = Diary.of(pipeline=self.pipeline, stage=self.stage, incarnation=self.incarnation)
         self.welcome = Welcome(generation=0, late=False, segment=0, k=0)
         self.lost: list[int] = []  # pipelines, in the order of their losses
-        self._segment = "start"
+        self._segment = -1  # the start
         self._calls: Counter[str] = Counter()
         self._joined = False
 
@@ -173,21 +173,24 @@ class ElasticWorld(World):
 
     def begin_segment(self, segment: int) -> None:
         """Keys are counted anew: all replicas call alike from here on."""
-        self._segment = str(segment)
+        self._segment = segment
         self._calls.clear()
 
     def _key(self, what: str) -> str:
         self._calls[what] += 1
-        return f"{what}/{self._segment}/{self._calls[what]}"
+        return f"{what}/{'start' if self._segment < 0 else self._segment}/{self._calls[what]}"
 
-    def gather(self, what: str, value: T, *, scope: str) -> dict[int, T]:
-        """Rank -> value of all live members of the scope ("stage", "pipeline", "last", "all"), the same for each."""
-        answer: Future[dict[int, Any]] = self.client.gather(self._key(f"{what}/{scope}"), value, scope)
-        return answer.result()
+    def gather(self, what: str, value: Any, *, scope: str, fold: str) -> Any:
+        """What the values of all live members of the scope ("stage", "pipeline", "last", "all") come to.
+
+        Args:
+            fold: as in `Client.gather`.
+        """
+        return self.client.gather(self._key(f"{what}/{scope}"), value, scope, fold).result()
 
     def agree(self, what: str, value: T) -> T:
         """Whichever live worker's value came first."""
-        answer: Future[Any] = self.client.first(self._key(what), value)
+        answer: Future[Any] = self.client.first(self._key(what), value, self._segment)
         agreed: T = answer.result()
         return agreed
 
@@ -204,10 +207,10 @@ class ElasticWorld(World):
         ends the work of all of them alike.
         """
         try:
-            rows = self.gather("sums", sums, scope="last").values()
+            added: dict[str, float] = self.gather("sums", sums, scope="last", fold="sum")
         except (Fenced, CoordinatorLost, TooFewReplicas):
             return dict(sums)
-        return add_rows(rows)
+        return added
 
     def from_last_stage(self, value: T) -> T:
         if self.num_stages == 1:
@@ -217,30 +220,29 @@ class ElasticWorld(World):
             dist.broadcast_object_list(box, src=self.num_stages - 1, device=torch.device("cpu"))
             theirs: T = box[0]
             return theirs
-        rows = self.gather("from last", value if self.is_last_stage else None, scope="pipeline")
-        last: Any = rows[self._rank_of(self.pipeline, self.num_stages - 1)]
-        return last  # type: ignore[no-any-return]
+        last: T = self.gather("from last", value if self.is_last_stage else None, scope="pipeline", fold="given")
+        return last
 
     def broadcast_from_zero(self, value: T) -> T:
         """The value of the lowest rank that is there; one who joins later gets what was agreed then."""
         zero: Any = None
         if not self.late:
-            rows = self.gather("from zero", value if self.rank == 0 else None, scope="all")
-            if 0 not in rows:
+            box = self.gather("from zero", [value] if self.rank == 0 else None, scope="all", fold="given")
+            if box is None:
                 raise PeerLost("rank 0 was lost before it could say what all must know; start the job again")
-            zero = rows[0]
+            (zero,) = box
         agreed: T = self.agree("from zero", zero)
         return agreed
 
     def gather_to_zero(self, value: T) -> list[T] | None:
         """Every live rank's value, on the lowest of them."""
-        rows = self.gather("to zero", value, scope="all")
-        return [rows[rank] for rank in sorted(rows)] if self.rank == min(rows) else None
+        rows: dict[int, T] | None = self.gather("to zero", value, scope="all", fold="rows to first")
+        return None if rows is None else [rows[rank] for rank in sorted(rows)]
 
     def barrier(self) -> None:
-        if not self.late or self._segment != "start":
+        if not self.late or self._segment >= 0:
             with suppress(Fenced):  # whoever was declared lost meets it again in the training loop
-                self.gather("barrier", None, scope="all")
+                self.gather("barrier", None, scope="all", fold="nothing")
 
     def live_pipelines(self) -> Sequence[int]:
         """Who is alive, as all agree."""

@@ -38,6 +38,8 @@ class Post:
 
     def repeated(self, worker: Worker, number: int) -> bool:
         """Whether this question has come before; if it has been answered, it is answered again."""
+        if number < worker.acked:
+            return True
         if number in worker.answers:
             self._out.append((worker.id, worker.answers[number]))
             return True
@@ -58,16 +60,24 @@ class Post:
             del worker.answers[next(iter(worker.answers))]
         self._out.append((worker.id, answer))
 
+    def acknowledged(self, worker: Worker, before: int) -> None:
+        """The worker has the answers to all questions with smaller numbers: they need not be remembered."""
+        worker.acked = max(worker.acked, before)
+        for number in [number for number in worker.answers if number < before]:
+            del worker.answers[number]
+
     def fail(self, worker: Worker, number: int, error: str, text: str, generation: int) -> None:
         """Answers with an error: "fenced", "too few", "timeout", "refused", "over" or "replaced"."""
         self.answer(worker, number, {"error": error, "text": text, "g": generation})
 
-    def expire(self, asking: Iterable[tuple[Worker, int, Ask]], now: float) -> None:
-        """Fails the questions, of all that wait, that have waited for too long."""
-        self.expire_at = NEVER
+    def expire(self, asking: Iterable[tuple[Worker, int, Ask]], now: float) -> list[tuple[Worker, int]]:
+        """Fails the questions, of all that wait, that have waited for too long; which these are."""
+        self.expire_at, expired = NEVER, []
         for worker, number, ask in asking:
             if now >= ask.deadline:
                 text = f"waited {worker.timeout_s:g} s ({ask.kind}) for {ask.missing()}"
                 self.answer(worker, number, {"error": "timeout", "text": text})
+                expired.append((worker, number))
             else:
                 self.expire_at = min(self.expire_at, ask.deadline)
+        return expired

@@ -99,6 +99,7 @@ class Worker:
     silent: bool = False
     gone: bool = False  # it said bye
     refreshed: bool = False
+    acked: int = 0  # it has the answers to all questions with smaller numbers
     asks: dict[int, Ask] = field(default_factory=dict)
     answers: dict[int, Message] = field(default_factory=dict)  # the last ones, by number
 
@@ -163,6 +164,12 @@ class Roll:
         for pipeline in self.pipelines:
             if pipeline.state == "live":
                 yield from (worker for worker in pipeline.workers.values() if not worker.gone)
+
+    def scope(self, worker: Worker, scope: str) -> Iterator[Worker]:
+        """Whom a worker means by "stage" (its replicas), "pipeline" (its stages), "last" (all last stages) or "all"."""
+        everybody = self.pipeline_of(worker).workers.values() if scope == "pipeline" else self.live_workers()
+        stage = {"stage": worker.stage, "last": self.rules.stages - 1}.get(scope)
+        return (other for other in everybody if stage in (None, other.stage) and not other.gone)
 
     def others(self, pipeline: Pipeline) -> Iterator[Worker]:
         """The workers of all other pipelines."""

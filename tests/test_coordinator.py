@@ -139,9 +139,9 @@ def test_a_whole_job_from_hello_to_bye() -> None:
         clients[0].done(0)
         one, two = results([client.final(0) for client in clients[::2]])
         assert one == two and one.members == (0, 1)
-        assert (
-            results([client.gather("loss", client.pipeline / 2, "last") for client in clients]) == [{1: 0, 3: 0.5}] * 4
-        )
+        assert results(
+            [client.gather("loss", client.pipeline / 2, "last", "rows to speaker") for client in clients]
+        ) == [None, {1: 0, 3: 0.5}, None, None]
         assert [client.first("name", client.stage).result(SOON_S) for client in clients[1::-1]] == [1, 1]
         for client in clients:
             client.bye()
@@ -167,7 +167,7 @@ def test_a_call_that_makes_no_sense_is_an_error_of_the_caller() -> None:
         with pytest.raises(ValueError, match="already waits"):
             first.ready(2).result(SOON_S)
         with pytest.raises(ValueError, match="the coordinator takes"):
-            first.gather("x", "y" * FRAME_BYTES, "all")
+            first.gather("x", "y" * FRAME_BYTES, "all", "given")
 
 
 def test_the_time_limit_names_who_is_missing() -> None:
@@ -184,8 +184,10 @@ def test_many_clients_in_one_process() -> None:
         clients = work.start()
         groups = results([client.ready(1) for client in clients])
         assert {group.members for group in groups} == {tuple(range(8))}
-        answers = results([client.gather("x", number, "all") for number, client in enumerate(clients)])
-        assert answers == [dict(enumerate(range(32)))] * 32
+        rows = results([client.gather("x", n, "all", "rows to first") for n, client in enumerate(clients)])
+        assert rows == [dict(enumerate(range(32))), *[None] * 31]
+        sums = results([client.gather("x", {"n": n}, "all", "sum") for n, client in enumerate(clients)])
+        assert sums == [{"n": sum(range(32))}] * 32
 
 
 # --- strangers

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
 
 from pipeline.director import Director, JobRules, Malformed
+from pipeline.gathers import REMEMBERED, WAITING
 
 Message = dict[str, Any]
 
@@ -84,6 +86,9 @@ class Job:
     def ticket(self, pipeline: int, k: int, stage: int = 0, segment: int = 0) -> Any:
         return self.answer(self.say("ticket", pipeline, stage, segment=segment, k=k))
 
+    def gather(self, pipeline: int, stage: int = 0, /, **fields: Any) -> int:
+        return self.say("gather", pipeline, stage, **{"key": "x", "scope": "all", "fold": "all", **fields})
+
     def members(self, number: int) -> list[int] | None:
         answer = self.answer(number)
         return None if answer is None else answer["members"]
@@ -157,7 +162,7 @@ def test_the_time_limit_of_the_start_names_who_is_missing() -> None:
         {"type": "ready", "g": 0, "n": 99},
         {"type": "ready", "g": 0, "n": 99, "step": "one", "scope": ""},
         {"type": "ready", "g": 0, "n": True, "step": 1, "scope": ""},
-        {"type": "gather", "g": 0, "n": 99, "key": "x", "scope": "moon", "value": 1},
+        {"type": "gather", "g": 0, "n": 99, "key": "x", "scope": "moon", "fold": "all", "value": 1},
         {"type": "suspect", "g": 0, "n": 99, "pipeline": 9},
         {"type": "hello", "n": 1, "rules": {}},
     ],
@@ -254,11 +259,11 @@ def test_the_last_pipeline_is_borne_with_longer_since_nobody_waits_for_it() -> N
 def test_a_loss_is_told_to_all_and_lets_them_go_on() -> None:
     job = Job(stages=2, pipelines=3).start().begin(0)
     waiting = [job.ready(0), job.ready(2)]
-    value = job.say("gather", 0, key="x", value=5, scope="stage")
-    other = job.say("gather", 2, key="x", value=6, scope="stage")
+    value = job.gather(0, value={"n": 5}, scope="stage", fold="sum")
+    other = job.gather(2, value={"n": 6}, scope="stage", fold="sum")
     job.lose(1, "killed")
     assert [job.members(number) for number in waiting] == [[0, 2], [0, 2]]
-    assert job.answer(value)["values"] == job.answer(other)["values"] == [(0, 5), (4, 6)]  # type: ignore[index]
+    assert job.answer(value)["value"] == job.answer(other)["value"] == {"n": 11}  # type: ignore[index]
     assert [len(job.pushes("lost", pipeline, stage)) for pipeline in (0, 2) for stage in (0, 1)] == [1, 1, 1, 1]
     assert len(job.pushes("fenced", 1, 0)) == len(job.pushes("fenced", 1, 1)) == 1
 
@@ -283,7 +288,7 @@ def test_a_suspicion_is_a_loss_unless_it_comes_from_a_lost_pipeline() -> None:
 
 def test_what_a_lost_pipeline_waits_for_fails() -> None:
     job = Job(pipelines=2).start().begin(0)
-    group, values = job.ready(1), job.say("gather", 1, key="x", value=5, scope="all")
+    group, values = job.ready(1), job.gather(1, value=5)
     job.lose(1)
     assert job.error(group) == job.error(values) == "fenced"
 
@@ -295,7 +300,7 @@ def test_an_old_generation_is_kept_out_until_it_knows() -> None:
         "ready": {"step": 1, "scope": ""},
         "final": {"segment": 0, "attempt": 0},
         "begin": {"segment": 7, "first": 0, "stop": 1},
-        "gather": {"key": "x", "value": 1, "scope": "all"},
+        "gather": {"key": "x", "value": 1, "scope": "all", "fold": "all"},
         "giver": {"not_from": -1},
         "refreshed": {},
     }.items():
@@ -479,10 +484,10 @@ def test_nobody_joins_between_two_segments() -> None:
     others = [job.final(pipeline, 1) for pipeline in (0, 1)]
     assert job.members(others[0]) == [0, 1]  # as at stage 0
     job.begin(1, 5, 10, but=1)
-    late = job.say("gather", 1, key="score/0", value=1, scope="stage")  # it is not so far
+    late = job.gather(1, key="score/0", value={"n": 1}, scope="stage", fold="sum")  # it is not so far
     assert not any(map(job.answer, numbers))
-    answer = job.say("gather", 0, key="score/0", value=2, scope="stage")
-    assert job.answer(answer)["values"] == job.answer(late)["values"] == [(0, 2), (2, 1)]  # type: ignore[index]
+    answer = job.gather(0, key="score/0", value={"n": 2}, scope="stage", fold="sum")
+    assert job.answer(answer)["value"] == job.answer(late)["value"] == {"n": 3}  # type: ignore[index]
     job.begin(1, 5, 10)
     for number in numbers:
         welcome = job.answer(number)
@@ -550,8 +555,8 @@ def test_a_final_average_is_repeated_by_those_who_are_left() -> None:
     assert job.members(numbers[0]) == [0, 1, 2]
     rounds = {job.answer(number)["round"] for number in numbers}  # type: ignore[index]
     job.lose(1)
-    confirm = [job.say("gather", pipeline, key="final/0/0", value=False, scope="stage") for pipeline in (0, 2)]
-    assert job.answer(confirm[0])["values"] == [(0, False), (2, False)]  # type: ignore[index]
+    confirm = [job.gather(pipeline, key="final/0/0", value=False, scope="stage") for pipeline in (0, 2)]
+    assert job.answer(confirm[0])["value"] is False  # type: ignore[index]
     again = [job.final(pipeline, attempt=1) for pipeline in (0, 2)]
     assert job.members(again[0]) == job.members(again[1]) == [0, 2]
     assert job.answer(again[0])["round"] not in rounds  # type: ignore[index]
@@ -583,32 +588,143 @@ def test_a_gather_is_complete_when_all_members_have_given(scope: str, members: l
     numbers = []
     for rank in members:
         assert not any(map(job.answer, numbers))
-        numbers.append(job.say("gather", rank // 2, rank % 2, key="x", value=rank * 10, scope=scope))
-    for number in numbers:
-        assert job.answer(number)["values"] == [(rank, rank * 10) for rank in members]  # type: ignore[index]
+        numbers.append(job.gather(rank // 2, rank % 2, value=rank * 10, scope=scope, fold="rows to first"))
+    first, *others = map(job.answer, numbers)
+    assert first["rows"] == [(rank, rank * 10) for rank in members]  # type: ignore[index]
+    assert all(other["value"] is None and "rows" not in other for other in others)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fold", "values", "value"),
+    [
+        ("nothing", ["x", 1, None], None),
+        ("all", [True, False, True], False),
+        ("all", [True, True, True], True),
+        ("any", [False, True, False], True),
+        ("sum", [{"n": 1, "loss": 0.5}, {"n": 2}, {"n": 4, "loss": 0.25}], {"n": 7, "loss": 0.75}),
+        ("given", [None, [4, 6], None], [4, 6]),
+        ("given", [None, None, None], None),
+    ],
+)
+def test_what_everybody_is_told_is_folded(fold: str, values: list[Any], value: Any) -> None:
+    job = Job(pipelines=3).start()
+    numbers = [job.gather(pipeline, value=one, fold=fold) for pipeline, one in enumerate(values)]
+    assert [job.answer(number)["value"] for number in numbers] == [value] * 3  # type: ignore[index]
+
+
+def test_the_speaker_is_the_last_stage_of_the_first_pipeline_that_is_there() -> None:
+    job = Job(stages=2, pipelines=3).start().begin(0)
+    numbers = {
+        (pipeline, stage): job.gather(pipeline, stage, value=0, fold="rows to speaker")
+        for pipeline in (0, 1, 2)
+        for stage in (0, 1)
+        if (pipeline, stage) != (0, 0)
+    }
+    job.lose(0)
+    assert {place for place, number in numbers.items() if "rows" in (job.answer(number) or {})} == {(1, 1)}
+    assert [rank for rank, _ in job.answer(numbers[1, 1])["rows"]] == [2, 3, 4, 5]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("fields", [{"fold": "rows"}, {"fold": "sum"}, {"fold": "sum", "value": {"n": "1"}}])
+def test_a_value_that_cannot_be_folded_is_refused(fields: dict[str, Any]) -> None:
+    job = Job().start()
+    assert job.error(job.gather(0, **{"value": 1, **fields})) == "refused"
+
+
+def exchanged(job: Job, worker: bytes) -> int:
+    """Bytes that a worker was told."""
+    return sum(len(json.dumps(message, separators=(",", ":"))) for message in job.told.get(worker, []))
+
+
+@pytest.mark.parametrize("fold", ["nothing", "all", "any", "sum", "given", "rows to first", "rows to speaker"])
+def test_what_passes_through_the_coordinator_grows_with_the_workers_and_not_with_their_square(fold: str) -> None:
+    through = {}
+    for workers in (16, 32, 64):
+        job = Job(stages=2, pipelines=workers // 2).start()
+        job.told.clear()
+        for rank in range(workers):
+            value: Any = {"a value of some length": 0.125} if fold == "sum" else "x" * 1000
+            if fold == "given" and rank:
+                value = None
+            job.gather(*divmod(rank, 2), value=value, fold=fold)
+        told = [exchanged(job, job.name(*divmod(rank, 2))) for rank in range(workers)]
+        through[workers] = sum(told) / workers
+        assert sorted(told)[-2] < (1100 if fold == "given" else 100)  # all but a receiver
+    assert through[64] < 1.1 * through[16]
+
+
+def test_the_books_stay_small_when_uneven_replicas_probe_two_thousand_times() -> None:
+    job = Job(pipelines=3, heartbeat_timeout_s=1e6).start().begin(0)
+    for probe in range(2000):
+        for pipeline in (0, 1) if probe % 10 else (0, 1, 2):  # the third one makes a tenth of the updates
+            job.gather(pipeline, key=f"consensus/{probe if pipeline < 2 else probe // 10}", value=[0.5] * 10)
+            job.say("first", pipeline, key=f"live/{probe}", value=[0, 1, 2], segment=0)
+    inner = job.director._job
+    assert inner is not None
+    assert len(inner._gathers) <= 2 * 3 * WAITING + REMEMBERED  # open ones, who waits for them, and finished ones
+    assert len(inner._post.expire(inner.roll.asking(), -1.0)) == 0 and len(inner.roll.asking()) <= 3 * WAITING
+    assert all(len(worker.answers) <= 32 for worker in inner.roll.workers.values())
+    for segment in (1, 2):
+        job.begin(segment, 100 * segment, 100 * segment + 100)
+    assert len(inner._first) == 0
+    job.tick(1000.0)  # every time limit has passed
+    assert len(inner._gathers) <= REMEMBERED and not inner.roll.asking()
+
+
+def test_the_agreements_of_the_start_and_of_who_may_come_back_are_kept() -> None:
+    job = Job(pipelines=2).start()
+    job.say("first", 0, key="cut", value=[4, 6], segment=-1)
+    job.begin(0)
+    job.say("first", 0, key="live", value=[0, 1], segment=0)
+    job.lose(1)  # it has begun segment 0, and may not know that it is lost
+    for segment in (1, 2, 3):
+        job.begin(segment, 100 * segment, 100 * segment + 100)
+        job.say("first", 0, key="live", value=[0], segment=segment)
+    job.generations[job.name(1)] = 0
+    assert job.answer(job.say("first", 1, key="live", value=[1], segment=0))["value"] == [0, 1]  # type: ignore[index]
+    assert job.answer(job.say("first", 1, key="cut", value=[5, 5], segment=-1))["value"] == [4, 6]  # type: ignore[index]
+    assert len(job.director._job._first) == 4  # type: ignore[union-attr, arg-type]
+
+
+def test_answers_that_have_arrived_are_not_remembered() -> None:
+    job = Job(pipelines=1).start()
+    asked = [job.gather(0, key=str(number), value="x" * 1000, fold="rows to first") for number in range(10)]
+    worker = job.director._job.roll.workers[job.name(0)]  # type: ignore[union-attr]
+    assert set(asked) <= worker.answers.keys()
+    job.say("ping", 0, a=asked[-1])
+    assert list(worker.answers) == asked[-1:]
+    job.told.clear()
+    job.director.handle(job.name(0), {"type": "gather", "n": asked[0], "g": 0}, 0.0)  # a late copy of a question
+    assert not job.told
+
+
+def test_who_was_declared_lost_gathers_with_nobody() -> None:
+    job = Job(pipelines=3).start().begin(0)
+    job.lose(2)
+    assert job.error(job.gather(2, value=1)) == "fenced"
 
 
 def test_the_answer_of_a_gather_is_decided_once() -> None:
     job = Job(pipelines=3).start().begin(0)
     for pipeline in (0, 1):
-        job.say("gather", pipeline, key="x", value=pipeline, scope="all")
+        job.gather(pipeline, value={"n": 1}, fold="sum")
     job.lose(2)
     back(job, 2)
-    late = job.say("gather", 2, key="x", value=2, scope="all")
-    assert job.answer(late)["values"] == [(0, 0), (1, 1)]  # type: ignore[index]
+    late = job.gather(2, value={"n": 1}, fold="sum")
+    assert job.answer(late)["value"] == {"n": 2}  # type: ignore[index]
 
 
 def test_who_is_not_of_the_last_stage_only_listens() -> None:
     job = Job(stages=2, pipelines=1).start()
-    listener = job.say("gather", 0, 0, key="score", value=None, scope="last")
+    listener = job.gather(0, 0, value=None, scope="last", fold="given")
     assert job.answer(listener) is None
-    job.say("gather", 0, 1, key="score", value=0.5, scope="last")
-    assert job.answer(listener)["values"] == [(1, 0.5)]  # type: ignore[index]
+    job.gather(0, 1, value=0.5, scope="last", fold="given")
+    assert job.answer(listener)["value"] == 0.5  # type: ignore[index]
 
 
 def test_the_time_limit_of_a_gather_names_who_is_missing() -> None:
     job = Job(pipelines=3, heartbeat_timeout_s=1e6).start()
-    waiting = job.say("gather", 1, key="score/3", value=1, scope="all")
+    waiting = job.gather(1, key="score/3", value=1)
     job.tick(100.0)
     assert job.answer(waiting)["text"] == (  # type: ignore[index]
         "waited 100 s (gather) for stage 0 of pipeline 0, stage 0 of pipeline 2 to give 'score/3'"
@@ -617,8 +733,8 @@ def test_the_time_limit_of_a_gather_names_who_is_missing() -> None:
 
 def test_the_first_value_is_everybodys() -> None:
     job = Job(pipelines=2).start()
-    assert job.answer(job.say("first", 1, key="cut", value=[4, 6]))["value"] == [4, 6]  # type: ignore[index]
-    assert job.answer(job.say("first", 0, key="cut", value=[5, 5]))["value"] == [4, 6]  # type: ignore[index]
+    assert job.answer(job.say("first", 1, key="cut", value=[4, 6], segment=-1))["value"] == [4, 6]  # type: ignore[index]
+    assert job.answer(job.say("first", 0, key="cut", value=[5, 5], segment=-1))["value"] == [4, 6]  # type: ignore[index]
 
 
 # --- the end
@@ -663,8 +779,13 @@ def anything(job: Job, chance: random.Random, incarnations: dict[int, int], aske
         "final": {"segment": segment, "attempt": 0},
         "ticket": {"segment": segment, "k": chance.randrange(4)},
         "begin": {"segment": segment, "first": 10 * segment, "stop": 10 * segment + 10},
-        "gather": {"key": "x", "value": 1, "scope": chance.choice(["stage", "pipeline", "all", "last"])},
-        "first": {"key": "x", "value": 1},
+        "gather": {
+            "key": "x",
+            "value": 1,
+            "scope": chance.choice(["stage", "pipeline", "all", "last"]),
+            "fold": chance.choice(["nothing", "all", "given", "rows to first", "rows to speaker"]),
+        },
+        "first": {"key": "x", "value": 1, "segment": segment},
         "giver": {"not_from": -1},
         "refreshed": {},
         "suspect": {"pipeline": chance.randrange(job.rules.pipelines)},
