@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.batchnorm import DeferredBatchNorm2d, defer_batch_norm
+from pipeline.batchnorm import DeferredBatchNorm, defer_batch_norm
 from pipeline.models.criterion import Criterion
 from pipeline.optimizer_state import momenta, reset
 from pipeline.seeding import mix, seeded
@@ -385,8 +385,18 @@ class Stage:
         return self.weights.newest.leaves[slot], next(group for slots, group in groups if slot in slots["slots"])
 
     def floating_buffers(self) -> list[Tensor]:
-        """Running means and variances, live, past autograd: it saved them with micro-batches but never reads them."""
-        return [b.data for _, module in self.modules for b in module.buffers() if b.is_floating_point()]
+        """Running means and variances, live, past autograd: it saved them with micro-batches but never reads them.
+
+        What a stage forgets at its end (deferred statistics that are not complete) is not among them.
+        """
+        parts = [part for _, module in self.modules for part in module.modules()]
+        kept = [
+            buffer.data
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if buffer is not None and name not in part._non_persistent_buffers_set and buffer.is_floating_point()
+        ]
+        return list({id(buffer): buffer for buffer in kept}.values())
 
     # --- evaluation and state
 
@@ -448,8 +458,8 @@ def _spare_dynamo() -> None:
     add.__dict__.setdefault("__dynamo_disable", add)
 
 
-def _deferred(modules: Sequence[tuple[str, nn.Module]]) -> list[DeferredBatchNorm2d]:
-    return [part for _, module in modules for part in module.modules() if isinstance(part, DeferredBatchNorm2d)]
+def _deferred(modules: Sequence[tuple[str, nn.Module]]) -> list[DeferredBatchNorm]:
+    return [part for _, module in modules for part in module.modules() if isinstance(part, DeferredBatchNorm)]
 
 
 def _compiler(backend: str) -> Callable[[nn.Module], Callable[..., Any]]:
