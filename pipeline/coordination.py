@@ -160,6 +160,7 @@ class Client:
         self._closed = False
         self._ended = False  # the thread
         self._giver: int | None = None
+        self._told: list[Any] = []
         self._granted: dict[tuple[int, int], int] = {}  # (segment, k) -> ticket, not asked for yet
         self._done: int | None = None  # the last batch that is through, if the coordinator is not told yet
         self._wake_end, self._wake = os.pipe()
@@ -237,6 +238,16 @@ class Client:
     def first(self, key: str, value: Any, segment: int = -1) -> Future[Any]:
         """The value of whoever was the first to give one; forgotten when the segment is over (-1, the start, never)."""
         return self._ask("first", {"key": key, "value": value, "segment": segment}, lambda answer: answer["value"])
+
+    def tell(self, value: Any) -> None:
+        """Sends a JSON-able value to whoever speaks: the last stage of the first live pipeline. Nobody waits for it."""
+        self._note("tell", {"value": value})
+
+    def told(self) -> list[Any]:
+        """What others have told this worker since the last call."""
+        with self._lock:
+            told, self._told = self._told, []
+        return told
 
     def giver(self) -> Future[tuple[int, str]]:
         """A live replica of this stage to copy from, and its mesh address; called again, another one if there is."""
@@ -374,6 +385,9 @@ class Client:
             self._on_joined(message["pipeline"], message["g"])
         elif kind == "fenced":
             self._fence(message["g"], message["text"])
+        elif kind == "told":
+            with self._lock:
+                self._told.append(message["value"])
         elif kind == "stop":
             self._fail(lambda: TooFewReplicas(message["text"]))
         elif kind == "replaced" and not any(call.kind == "hello" for call in self._calls.values()):

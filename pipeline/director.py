@@ -5,6 +5,7 @@
       begin, ticket ──────────────► Shares: who does which batch
       ready, final ───────────────► GroupScheduler: who averages with whom
       gather, first ──────────────► Gathers: one answer for all
+      tell ───────────────────────► whoever speaks ──────────► told
       ping, silence, suspect ─────► Roll: who is alive ──────► lost, fenced, stop
       giver, refreshed ───────────► Roll: who is whole again ► joined
 
@@ -145,6 +146,7 @@ class _Job:
             "giver": self._giver,
             "refreshed": self._refreshed,
             "suspect": self._suspect,
+            "tell": self._tell,
             "bye": self._bye,
         }
 
@@ -531,6 +533,15 @@ class _Job:
             raise Malformed("first without a value")
         segment, key = field_of(message, "segment", int), field_of(message, "key", str)
         self._post.answer(worker, number, {"value": self._first.give(segment, key, message["value"])})
+
+    def _tell(self, worker: Worker, number: int, message: Message, now: float) -> None:
+        """Passes a value on to the one that speaks: the last stage of the first pipeline that is live."""
+        if "value" not in message:
+            raise Malformed("tell without a value")
+        self._post.answer(worker, number, {})
+        if self.roll.live:
+            speaker = self.roll.pipelines[min(self.roll.live)].workers[self.rules.stages - 1]
+            self._post.push({"type": "told", "value": message["value"]}, [speaker])
 
     # --- the way back
 

@@ -147,7 +147,8 @@ class ElasticTrainer(Trainer):
             self.calendar,
             self.task.criterion,
             speaks=self._speaks,
-            pipelines=1,
+            told=world,
+            length=self.common.batch_length,
             rate=self.rate,
             sum_over_pipelines=world.sum_over_pipelines,
             progress=world.progress,
@@ -171,6 +172,8 @@ class ElasticTrainer(Trainer):
         )
         if self.journal is not None:
             self.journal.begin(self.batches)
+            if self.segments.stops and not self.world.late:
+                self.journal.begin_at(self.segments.tickets(0)[0])
         try:
             self._again_if_fenced(self._meet)
             while self.segment < len(self.segments.stops):
@@ -230,6 +233,8 @@ class ElasticTrainer(Trainer):
         while copied < self.segment < len(self.segments.stops):
             copied = self._copy_a_replica()
         self.executor.share_tied_weight(self.k * self.plan.microbatches)
+        if self.journal is not None:
+            self.journal.joined()
         self.world.diary.note("joined", segment=self.segment, k=self.k, generation=welcome.generation)
 
     def _copy_a_replica(self) -> int:
@@ -275,7 +280,11 @@ class ElasticTrainer(Trainer):
         live = self.world.live_pipelines()
         if self.journal is not None:
             self.journal.stopped(
-                self.batches, self._mixing(), pipeline=self.world.pipeline, samples=float(self.samples)
+                self.batches,
+                self._mixing(),
+                ticket=self.segments.tickets(segment)[1],
+                pipeline=self.world.pipeline,
+                samples=float(self.samples),
             )
         self.saver = min(live)
         if self.world.pipeline not in live:

@@ -200,6 +200,14 @@ class ElasticWorld(World):
             return self.agree("run name", own)
         return own
 
+    def tell(self, value: Any) -> None:
+        """Sends a value to the one that speaks; nobody waits for it."""
+        self.client.tell(value)
+
+    def told(self) -> list[Any]:
+        """What was told to this one since the last call."""
+        return self.client.told()
+
     def sum_over_pipelines(self, sums: dict[str, float]) -> dict[str, float]:
         """Alone, a pipeline that was declared lost, or that has lost the coordinator, has only its own.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
@@ -30,13 +30,32 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, text: str) -> object: ...
 
 
+Row = tuple[float, Mapping[str, float]]  # the update, counted from 1, and the sums of what went into it
+READ_EVERY = 64  # updates whose sums wait on the device at most
+
+
+def line_due(before: int, after: int, *, every: int, per_epoch: int) -> bool:
+    """Whether a line falls due between two numbers of batches: one after every `every` batches of an epoch.
+
+    >>> [line_due(n, n + 3, every=20, per_epoch=50) for n in (15, 18, 21)]
+    [False, True, False]
+    """
+
+    def lines(batches: int) -> int:
+        epoch, within = divmod(batches, per_epoch)
+        return epoch * (per_epoch // every) + within // every
+
+    return lines(after) > lines(before)
+
+
 class Journal:
-    """The log of one last stage.
+    """The log of one last stage. A window is what all pipelines have done since the last line.
 
     Args:
         speaks: whether this is the one that prints and writes; it may become so later.
         sum_over_pipelines: adds up a dict of sums over the last stages of all pipelines; all of them call it.
         run_name: of TensorBoard's folder, the same whoever speaks.
+        clock: the time in seconds.
     """
 
     def __init__(
@@ -46,7 +65,6 @@ class Journal:
         criterion: Criterion,
         *,
         speaks: Callable[[], bool],
-        pipelines: int,
         rate: LearningRate,
         sum_over_pipelines: Callable[[dict[str, float]], dict[str, float]],
         progress: Progress,
@@ -55,31 +73,33 @@ class Journal:
         run_name: str,
         resumed: bool = False,
         say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._settings, self._calendar, self._speaks = settings, calendar, speaks
-        self._rate = rate
+        self._rate, self._clock = rate, clock
         self._sum_over_pipelines, self._progress = sum_over_pipelines, progress
         self._busy_s, self._device = busy_s, device
         means = tuple(criterion.means({}))
         writers = (
             WhoeverSpeaks(speaks, lambda first: _writers(settings, run_name, means, append=resumed or not first)),
         )
-        self.log = RunLog(criterion, say=say or self._say, writers=writers, replicas=pipelines)
-        self._window = Window()
-        self._epoch_sums: dict[str, float] = {}
-        self._window_start = self._epoch_start = perf_counter()
+        self.log = RunLog(criterion, say=say or self._say, writers=writers)
+        self._unread, self._updates = Window(), list[float]()  # sums on the device, and the updates they are of
+        self._own: list[Row] = []  # read, and not yet told to the others
+        self._window: list[Row] = []  # of all pipelines, since the last line
+        self._epoch_sums: dict[str, float] = {}  # of this pipeline
+        self._window_start = self._epoch_start = clock()
         self._window_busy = 0.0
-        self._last_update = 0
-        self.samples = 0.0
+        self._batches = 0
 
     def begin(self, batches: int) -> None:
         """Training starts, or goes on, after `batches` batches."""
         self.log.settings(self._settings.to_values(), batches=batches)
         if batches == 0:
             self.log.start(self._settings.epochs, self._calendar.batches_per_epoch)
-        self._window_start = self._epoch_start = perf_counter()
-        self._last_update = self._calendar.updates_after(batches)
-        self.log.go_on(self._last_update)
+        self._window_start = self._epoch_start = self._clock()
+        self._batches = batches
+        self.log.go_on(self._calendar.updates_after(batches))
 
     def paused(self, seconds: float) -> None:
         """Time that was not training (validation, a checkpoint) does not count in any speed."""
@@ -88,33 +108,66 @@ class Journal:
 
     def updated(self, batches: int, sums: dict[str, Tensor]) -> None:
         """An update is made after `batches` batches; `sums` are of the batches in it."""
-        self._window.add(**sums)
-        calendar, within = self._calendar, (batches - 1) % self._calendar.batches_per_epoch + 1
+        due = self._note(batches, sums)
+        calendar = self._calendar
         ended = calendar.ends_epoch(batches) or batches == calendar.total_batches
-        self._show_progress(batches)
-        if ended or within % self._settings.disp_batches == 0:
-            self._close_window(batches, within)
+        if due or ended:
+            self._exchange()
+            self._close_window(batches, sum(row.get("samples", 0.0) for _, row in self._window))
         if ended:
             self._close_epoch(batches)
 
-    def _close_window(self, batches: int, within: int) -> None:
-        rows = self._window.take()  # waits for a GPU, so the time is taken afterwards
-        now, update = perf_counter(), self._calendar.updates_after(batches)
-        sums = rows.sums()
-        self._epoch_sums = add_sums(self._epoch_sums, sums) if self._epoch_sums else sums
-        self.samples += sums.get("samples", 0.0)
-        seconds, busy = now - self._window_start, self._busy_s()
+    def _note(self, batches: int, sums: dict[str, Tensor]) -> bool:
+        """Keeps the sums of an update; whether a line is due."""
+        self._unread.add(**sums)
+        self._updates.append(float(self._calendar.updates_after(batches)))
+        if len(self._updates) >= READ_EVERY:
+            self._read()
+        before, self._batches = self._batches, max(batches, self._batches)
+        self._show_progress(self._batches)
+        every, per_epoch = self._settings.disp_batches, self._calendar.batches_per_epoch
+        return line_due(before, self._batches, every=every, per_epoch=per_epoch)
+
+    def _read(self) -> None:
+        """Takes what this pipeline has done from the device, for which it waits."""
+        rows = self._unread.take()
+        self._epoch_sums = add_sums(self._epoch_sums, rows.sums())
+        self._own += zip(self._updates, rows.each(), strict=True)
+        self._updates.clear()
+
+    def _exchange(self) -> None:
+        """Adds what every pipeline has done to the window: here all of them have made the same updates, and wait."""
+        self._read()
+        own, self._own = self._own, []
+        flat = {f"{number} {name}": value for number, (_, row) in enumerate(own) for name, value in row.items()}
+        rows: list[dict[str, float]] = [{} for _ in own]
+        for key, value in self._sum_over_pipelines(flat).items():
+            number, _, name = key.partition(" ")
+            rows[int(number)][name] = value
+        self._add((update, row) for (update, _), row in zip(own, rows, strict=True))
+
+    def _add(self, rows: Iterable[Row]) -> None:
+        for update, sums in rows:
+            self._window.append((update, sums))
+            self.log.losses.add(update, sums)
+
+    def _close_window(self, batches: int, samples: float) -> None:
+        """A line about all that was done since the last one: `samples`, of all pipelines."""
+        now, busy, rows = self._clock(), self._busy_s(), self._window
+        seconds, update = now - self._window_start, self._calendar.updates_after(batches)
+        names = dict.fromkeys(name for _, row in rows for name in row)
         self.log.window(
             epoch=(batches - 1) // self._calendar.batches_per_epoch,
-            batch=within,
+            batch=(batches - 1) % self._calendar.batches_per_epoch + 1,
             update=update,
-            rows=rows,
+            sums={name: math.fsum(row.get(name, 0.0) for _, row in rows) for name in names},
+            samples=samples,
             seconds=seconds,
             lr=self._rate(update - 1),
             bubble=max(0.0, 1.0 - (busy - self._window_busy) / seconds) if seconds > 0 else 0.0,
             memory_bytes=peak_memory_bytes(self._device),
         )
-        self._window_start, self._window_busy = now, busy
+        self._window_start, self._window_busy, self._window = now, busy, []
 
     def _close_epoch(self, batches: int, extra: Mapping[str, float] = MappingProxyType({})) -> None:
         sums = self._sum_over_pipelines(self._epoch_sums)
@@ -124,12 +177,12 @@ class Journal:
             update=update,
             sums=sums,
             lr=self._rate(update - 1),
-            seconds=perf_counter() - self._epoch_start,
+            seconds=self._clock() - self._epoch_start,
             **extra,
         )
         if self._calendar.ends_epoch(batches):  # else the run ends here, and a resumed one finishes the epoch
             self._epoch_sums = {}
-        self._epoch_start = perf_counter()
+        self._epoch_start = self._clock()
 
     def validated(self, batches: int, sums: dict[str, float]) -> None:
         """A validation is over; `sums` are those of this pipeline's share."""
@@ -141,12 +194,13 @@ class Journal:
         if self._speaks():
             epoch = (batches - 1) // self._calendar.batches_per_epoch
             text = f"epoch {epoch + 1}/{self._settings.epochs}"
-            if self.log.curve:
-                text += f" loss {self.log.curve[-1][1]:.4f}"
+            if self.log.losses.last is not None:
+                text += f" loss {self.log.losses.last:.4f}"
             self._progress(batches, self._calendar.total_batches, text)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same epoch line and curve; all last stages call this."""
+        self._exchange()
         return {
             "epoch_sums": finite(self._sum_over_pipelines(self._epoch_sums)),
             "curve": finite(self.log.curve),
@@ -157,7 +211,7 @@ class Journal:
         """Takes up what `state` of the checkpointed run returned."""
         sums = {name: _number(value) for name, value in state["epoch_sums"].items()}
         self._epoch_sums = sums if self._speaks() else {}
-        self.log.curve = [(x, _number(y)) for x, y in state["curve"]]
+        self.log.losses.restore((x, _number(y)) for x, y in state["curve"])
         self.log.validations = [(x, _number(y)) for x, y in state["validations"]]
 
     def close(self) -> None:
@@ -173,40 +227,84 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-class ElasticJournal(Journal):
-    """The log of a last stage whose pipeline does as much as it can: windows of its own batches, epochs of all.
+class Told(Protocol):
+    """The way from one last stage to the one that speaks, on which nobody waits."""
 
-    The speed is that of the whole job: tickets of all pipelines passed by while this one did its own.
+    def tell(self, value: Any) -> None:
+        """Sends a JSON-able value to whoever speaks."""
+
+    def told(self) -> list[Any]:
+        """What has come since the last call, if this is the one."""
+
+
+class ElasticJournal(Journal):
+    """The log of a last stage whose pipeline does as much as it can, and waits for nobody.
+
+    The others tell the one that speaks what they have done whenever a line falls due, so that a line has what was heard
+    by then. How much the whole job has done is known without that: it is so many tickets further.
+
+    Args:
+        told: the way to the one that speaks.
+        length: samples in the batch of a ticket.
     """
 
-    _own = 0
-    _window_ticket = 0
-    _last_ticket = -1
-    _last_batches = 0
-    _mixed: Mapping[str, float] = MappingProxyType({})  # what mixing had done at the end of the last epoch
+    def __init__(self, *arguments: Any, told: Told, length: Callable[[int], int], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._told, self._length = told, length
+        self._since: int | None = None  # the first ticket of the window; None: what the next update begins with
+        self._tickets = 0  # that the job is known to have handed out
+        self._mixed: Mapping[str, float] = {}  # what mixing had done at the end of the last epoch
+
+    def begin_at(self, ticket: int) -> None:
+        """The job's tickets begin here, now."""
+        self._since = self._tickets = ticket
+
+    def joined(self) -> None:
+        """This pipeline has come (back) while the others went on: what they did meanwhile is nobody's speed."""
+        self._since, self._window = None, []
 
     def progressed(self, batches: int, ticket: int, sums: dict[str, Tensor]) -> None:
         """An update is made; the whole job has come to `ticket`, which is of the calendar's batch `batches`."""
-        self._window.add(**sums)
-        self._own += 1
-        self._last_ticket, self._last_batches = max(ticket, self._last_ticket), max(batches, self._last_batches)
-        self._show_progress(self._last_batches)
-        if self._own % self._settings.disp_batches == 0:
-            self._end_window(self._last_batches)
+        due = self._note(batches, sums)
+        self._tickets = max(self._tickets, ticket + 1)
+        if self._since is None:
+            self._since, self._window_start = self._tickets, self._clock()
+            self.log.go_on(self._calendar.updates_after(self._batches))
+            self._window_busy = self._busy_s()
+        if due or len(self._own) >= READ_EVERY:
+            self._exchange()
+        if due and self._tickets > self._since:
+            self._end_window(self._batches)
+
+    def _exchange(self) -> None:
+        self._read()
+        own, self._own = self._own, []
+        self._add(own)
+        if self._speaks():
+            told = (row for rows in self._told.told() for row in rows)
+            self._add((update, {name: _number(value) for name, value in sums.items()}) for update, sums in told)
+        elif own:
+            self._told.tell([[update, finite(sums)] for update, sums in own])
 
     def _end_window(self, batches: int) -> None:
-        own, self._own = self._own, 0
-        self.log.replicas = max(1.0, (self._last_ticket + 1 - self._window_ticket) / own)
-        self._window_ticket = self._last_ticket + 1
-        self._close_window(batches, (batches - 1) % self._calendar.batches_per_epoch + 1)
+        assert self._since is not None
+        samples = sum(self._length(ticket) for ticket in range(self._since, self._tickets))
+        self._since = self._tickets
+        self._close_window(batches, samples)
 
-    def stopped(self, batches: int, mixing: Mapping[str, float], *, pipeline: int, samples: float) -> None:
-        """A segment is over at the calendar's `batches`; all last stages call this, with what they did so far."""
-        if self._own:
-            self._end_window(batches)
-        self._last_batches = batches
+    def stopped(self, batches: int, mixing: Mapping[str, float], *, ticket: int, pipeline: int, samples: float) -> None:
+        """A segment, up to `ticket`, is over at the calendar's `batches`; all last stages call this.
+
+        Args:
+            mixing: what mixing did so far. samples: that this pipeline has trained so far.
+        """
+        self._exchange()
+        done = self._sum_over_pipelines({f"samples_of_pipeline_{pipeline}": samples})
+        self._exchange()  # what the others have told came before their part of the sum
+        self._batches, self._tickets = batches, ticket
         if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:
-            done = self._sum_over_pipelines({f"samples_of_pipeline_{pipeline}": samples})
+            if self._since is not None and ticket > self._since:
+                self._end_window(batches)
             since, self._mixed = mixed_since(self._mixed, mixing), mixing
             self._close_epoch(batches, {**since, **dict(sorted(done.items()))})
 

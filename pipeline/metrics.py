@@ -2,7 +2,7 @@
 
     window = Window();  window.add(loss=loss_sum, correct=hits, samples=64)        # in the hot path: no .item()
     sums = window.take().sums()                                                    # when a line is due
-    log.window(epoch=0, batch=20, update=20, rows=..., seconds=1.5, lr=0.1)
+    log.window(epoch=0, batch=20, update=20, sums=..., samples=1280, seconds=1.5, lr=0.1)
 
 Sums, not means, are collected and added over replicas, so uneven shards and short last batches weigh what they hold.
 """
@@ -224,28 +224,59 @@ def run_name(name: str, *, now: datetime) -> str:
     return name or now.strftime("%Y-%m-%d_%H-%M-%S")
 
 
-class RunLog:
-    """Says each event once: a line on the console, the same numbers to every writer, the losses to `curve`.
+class Losses:
+    """The loss of every update, from the sums of all pipelines that have said theirs; some say them a little later.
 
-    `curve` holds (update, loss) for every batch, `validations` the same for every validation: the report draws them.
-    `extra` values (bubble, memory_bytes ...) only go to the writers.
+    >>> losses = Losses(lambda sums: {"loss": sums["loss"] / sums["samples"]})
+    >>> losses.add(1, {"loss": 2.0, "samples": 1.0})
+    >>> losses.add(1, {"loss": 0.0, "samples": 3.0})
+    >>> losses.points()
+    [(1, 0.5)]
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        *,
-        say: Callable[[str], None],
-        writers: tuple[Writer, ...] = (),
-        replicas: float = 1,
-    ) -> None:
+    def __init__(self, means: Callable[[Sums], Mapping[str, float]], *, open_updates: int = 1024) -> None:
+        self._means, self._most = means, open_updates
+        self._settled: list[tuple[float, float]] = []
+        self._open: dict[float, dict[str, float]] = {}  # update -> sums that may still grow
+        self.last: float | None = None
+
+    def add(self, update: float, sums: Sums) -> None:
+        """What one pipeline, or all, has done for this update."""
+        self._open[update] = add_sums(self._open.get(update, {}), sums)
+        self.last = self._means(self._open[update])["loss"]
+        while len(self._open) > self._most:
+            oldest = min(self._open)
+            self._settled.append((oldest, self._means(self._open.pop(oldest))["loss"]))
+
+    def points(self) -> list[tuple[float, float]]:
+        """(update, loss), in order."""
+        recent = [(update, self._means(sums)["loss"]) for update, sums in self._open.items()]
+        return sorted((*self._settled, *recent), key=lambda point: point[0])
+
+    def restore(self, points: Iterable[tuple[float, float]]) -> None:
+        """Goes on from the points of an earlier run."""
+        self._settled, self._open = list(points), {}
+
+
+class RunLog:
+    """Says each event once: a line on the console, the same numbers to every writer, the losses to `losses`.
+
+    `validations` holds (update, loss) for every validation: the report draws them, and the losses. `extra` values
+    (bubble, memory_bytes ...) only go to the writers.
+    """
+
+    def __init__(self, criterion: Criterion, *, say: Callable[[str], None], writers: tuple[Writer, ...] = ()) -> None:
         self._criterion = criterion
         self.say = say
         self._writers = writers
-        self.replicas = replicas  # that train as fast as this one; speeds are of the whole job
         self._update = 0
-        self.curve: list[tuple[float, float]] = []
+        self.losses = Losses(criterion.means)
         self.validations: list[tuple[float, float]] = []
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """The loss of every update, over all pipelines."""
+        return self.losses.points()
 
     def start(self, epochs: int, iterations: int, **extra: Any) -> None:
         """The run begins."""
@@ -257,21 +288,32 @@ class RunLog:
         self._write("settings", {"batches": batches, **values})
 
     def go_on(self, update: int) -> None:
-        """The run stands after `update` updates: the curve goes on from there."""
+        """The run stands after `update` updates."""
         self._update = update
 
     def window(
-        self, *, epoch: int, batch: int, update: int, rows: Rows, seconds: float, lr: float, **extra: Any
+        self,
+        *,
+        epoch: int,
+        batch: int,
+        update: int,
+        sums: Sums,
+        samples: float,
+        seconds: float,
+        lr: float,
+        **extra: Any,
     ) -> None:
-        """`batch` batches of the epoch and `update` updates of the run are done; `rows` are those of the window."""
-        sums = rows.sums()
+        """`batch` batches of the epoch and `update` updates of the run are done.
+
+        All pipelines have trained `samples` in the `seconds` since the last window; `sums` are what was heard of them.
+        """
         means = self._criterion.means(sums)
-        speed = self.replicas * sums.get("samples", 0.0) / seconds if seconds > 0 else 0.0
+        speed = samples / seconds if seconds > 0 else 0.0
         shown = self._criterion.wording.window.format(**means)
         self.say(speed_line(epoch, batch, samples_per_s=speed, shown=shown))
         values = {"samples_per_s": speed, "step_s": seconds / max(1, update - self._update), **means, "lr": lr}
         self._write("window", {"epoch": epoch, "batch": batch, "update": update, **values, **extra})
-        self._extend_curve(rows, update)
+        self._update = update
 
     def epoch(self, *, epoch: int, update: int, sums: Sums, lr: float, seconds: float, **extra: Any) -> None:
         """An epoch is over; `sums` are those of all its batches, over all replicas."""
@@ -297,13 +339,6 @@ class RunLog:
         """Close every writer."""
         for writer in self._writers:
             writer.close()
-
-    def _extend_curve(self, rows: Rows, update: int) -> None:
-        each = rows.each()
-        updates_per_row = (update - self._update) / max(1, len(each))
-        for number, row in enumerate(each, 1):
-            self.curve.append((self._update + number * updates_per_row, self._criterion.means(row)["loss"]))
-        self._update = update
 
     def _write(self, event: str, values: Mapping[str, Any]) -> None:
         for writer in self._writers:

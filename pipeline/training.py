@@ -272,7 +272,6 @@ class Trainer:
             self.calendar,
             self.task.criterion,
             speaks=lambda: self.world.pipeline == 0,
-            pipelines=self.world.num_pipelines,
             rate=self.rate,
             sum_over_pipelines=self.world.sum_over_pipelines,
             progress=self.world.progress,

@@ -153,6 +153,17 @@ def test_the_time_limit_of_the_start_names_who_is_missing() -> None:
 # --- messages
 
 
+def test_what_is_told_comes_to_the_last_stage_of_the_first_live_pipeline_only() -> None:
+    job = Job(stages=2, pipelines=3).start()
+    assert job.answer(job.say("tell", 1, 1, value=[1, 2])) is not None
+    job.lose(0)
+    job.say("tell", 2, 1, value="later")
+    told = {name: [m["value"] for m in messages if m.get("type") == "told"] for name, messages in job.told.items()}
+    assert {name: values for name, values in told.items() if values} == {
+        job.name(0, 1): [[1, 2]], job.name(1, 1): ["later"],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.journal import mixed_since
 from pipeline.metrics import (
     JsonLines,
+    Losses,
     Rows,
     RunLog,
     TensorBoard,
@@ -80,7 +81,7 @@ def test_every_line_of_a_criterion_follows_from_its_means_also_of_nothing(criter
 def test_an_emulated_run_says_no_accuracy() -> None:
     said: list[str] = []
     log = RunLog(SumOfShares(), say=said.append)
-    log.window(epoch=0, batch=4, update=4, rows=Rows({"loss": [3.0], "samples": [2.0]}), seconds=1.0, lr=0.1)
+    log.window(epoch=0, batch=4, update=4, sums={"loss": 3.0, "samples": 2.0}, samples=2, seconds=1.0, lr=0.1)
     log.epoch(epoch=0, update=4, sums={"loss": 3.0, "samples": 2.0}, lr=0.1, seconds=1.0)
     assert said[0].endswith("\tloss=1.500000")
     assert said[1] == "0 TRAIN loss 1.5000 lr 1.00e-01, time 1.0000"
@@ -91,7 +92,7 @@ def test_an_epoch_without_batches_has_a_line_and_no_error() -> None:
     kept = Kept()
     log = RunLog(Classification(), say=said.append, writers=(kept,))
     log.epoch(epoch=2, update=30, sums={}, lr=0.1, seconds=0.5)
-    log.window(epoch=2, batch=1, update=30, rows=Rows({}), seconds=0.5, lr=0.1)
+    log.window(epoch=2, batch=1, update=30, sums={}, samples=0, seconds=0.5, lr=0.1)
     assert said[0] == "2 TRAIN loss nan acc nan lr 1.00e-01, time 0.5000"
     assert kept.events[0][1]["samples"] == 0.0 and "Speed: 0.00 samples/sec" in said[1]
 
@@ -123,6 +124,15 @@ def test_a_window_takes_numbers_and_one_element_tensors_alike() -> None:
     assert window.take().columns == {"loss": [1.5, 2.5]}
 
 
+def test_the_loss_of_an_update_is_that_of_all_who_have_said_theirs_and_old_updates_are_settled() -> None:
+    losses = Losses(Classification().means, open_updates=2)
+    for update in range(1, 6):
+        losses.add(update, {"loss": 2.0 * update, "samples": 2.0, "correct": 0.0})
+    losses.add(5, {"loss": 2.0, "samples": 2.0, "correct": 0.0})
+    assert losses.points() == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 3.0)] and losses.last == 3.0
+    assert len(losses._open) == 2
+
+
 class Kept:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict]] = []
@@ -146,7 +156,11 @@ def test_a_run_says_each_event_once_and_keeps_the_curve() -> None:
     log = RunLog(Classification(), say=said.append, writers=(kept,))
     log.go_on(10)
     log.start(1, 4)
-    log.window(epoch=0, batch=4, update=14, rows=rows_of(4, 3, 2, 1), seconds=2.0, lr=0.1, bubble=0.25)
+    log.window(
+        epoch=0, batch=4, update=14, sums=rows_of(4, 3, 2, 1).sums(), samples=8, seconds=2.0, lr=0.1, bubble=0.25
+    )
+    for update, loss in ((12, 3.0), (11, 4.0)):
+        log.losses.add(update, rows_of(loss).sums())
     log.epoch(epoch=0, update=14, sums=rows_of(4, 3, 2, 1).sums(), lr=0.1, seconds=2.5)
     log.validation(epoch=0, update=14, sums=rows_of(0.5).sums())
     log.close()
@@ -156,7 +170,7 @@ def test_a_run_says_each_event_once_and_keeps_the_curve() -> None:
         "0 TRAIN loss 2.5000 acc 0.5000 lr 1.00e-01, time 2.5000",
         "0 EVAL  loss 0.5000 acc 0.5000",
     ]
-    assert log.curve == [(11, 4), (12, 3), (13, 2), (14, 1)] and log.validations == [(14, 0.5)]
+    assert log.curve == [(11, 4), (12, 3)] and log.validations == [(14, 0.5)]
     assert [event for event, _ in kept.events] == ["start", "window", "train", "validation"] and kept.closed
     window = kept.events[1][1]
     assert (window["samples_per_s"], window["step_s"], window["bubble"]) == (4.0, 0.5, 0.25)
@@ -166,8 +180,7 @@ def test_a_bert_run_has_its_own_lines() -> None:
     said: list[str] = []
     log = RunLog(BertPretraining(), say=said.append)
     sums = {"lm": 40.0, "masked": 10.0, "ns": 2.0, "samples": 4.0, "correct": 1.0, "ns_correct": 1.0}
-    rows = Rows({name: [value] for name, value in sums.items()})
-    log.window(epoch=0, batch=1, update=1, rows=rows, seconds=1.0, lr=1e-4)
+    log.window(epoch=0, batch=1, update=1, sums=sums, samples=4, seconds=1.0, lr=1e-4)
     log.epoch(epoch=0, update=1, sums=sums, lr=1e-4, seconds=1.0)
     assert said[0].endswith("\tloss=4.500000")
     assert said[1] == "0 TRAIN loss 4.5000  lm 4.0000e+00 ns 5.0000e-01 lr 1.0000e-04, time 1.0000"
@@ -197,7 +210,8 @@ def test_tensorboard_has_the_references_tags(tmp_path: Path) -> None:
     directory = tmp_path / run_name("mine", now=datetime(2024, 1, 2))
     board = TensorBoard(directory, means=Classification().means({}))
     log = RunLog(Classification(), say=lambda line: None, writers=(board,))
-    log.window(epoch=7, batch=2, update=30, rows=rows_of(4, 2), seconds=1.0, lr=0.1, bubble=0.1, memory_bytes=5)
+    said = {"sums": rows_of(4, 2).sums(), "samples": 4.0}
+    log.window(epoch=7, batch=2, update=30, seconds=1.0, lr=0.1, bubble=0.1, memory_bytes=5, **said)
     log.epoch(epoch=7, update=30, sums=rows_of(4, 2).sums(), lr=0.1, seconds=1.0)
     log.validation(epoch=7, update=30, sums=rows_of(1).sums())
     log.close()
