@@ -7,7 +7,8 @@ flip). The classes of train, sorted, are the classes; names that begin with a do
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from datasets.augment import (
 )
 from datasets.base import Labels, Options, Split, Splits, existing_folder, given_folder
 from datasets.images import Images
+from datasets.pictures import read_rgb, size_of
 from pipeline.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of ImageNet
+SIZES_LOOKED_AT = 200  # images whose headers are read, to tell thumbnails from photographs
 THUMBNAIL = 64  # the largest side, in pixels, of what is treated as CIFAR's images are
 
 
@@ -49,13 +52,7 @@ class ImageFiles:
         return self.root / os.fsdecode(self.paths[index])
 
     def __call__(self, index: int) -> Pillow.Image:
-        path = self.path(index)
-        try:
-            with Pillow.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: not a readable image ({reason}); replace it or delete it") from error
+        return read_rgb(self.path(index))
 
 
 def load(options: Options) -> Splits:
@@ -73,7 +70,7 @@ def from_folders(train: Path, val: Path | None, options: Options) -> Splits:
     """Both splits; `val` None goes without. The classes of `train` count for both."""
     classes = class_names(train)
     train_files = scan(train, classes)
-    size = options.image_size or _default_size(train_files)
+    size = options.image_size or default_size(train_files, options.warn)
     training, validation = photo_training(size), photo_validation(size)
     if size <= THUMBNAIL:
         training, validation = thumbnail_training(size), thumbnail_validation(size)
@@ -90,10 +87,21 @@ def _split(files: ImageFiles, steps: tuple[Step, ...], num_classes: int, seed: i
     return Split(inputs=images, targets=Labels(files.labels), size=size, num_classes=num_classes)
 
 
-def _default_size(files: ImageFiles) -> int:
-    """224, or the size of the first image where that is a thumbnail."""
-    smallest = min(files(0).size)
-    return smallest if smallest <= THUMBNAIL else 224
+def default_size(files: ImageFiles, warn: Callable[[str], None]) -> int:
+    """224, or the size that most images have where most are thumbnails; a sample over all classes decides."""
+    step = max(1, len(files.labels) // SIZES_LOOKED_AT)
+    sizes = [size_of(files.path(index)) for index in range(0, len(files.labels), step)]
+    sides = Counter(min(size) for size in sizes if size is not None)
+    thumbnails = Counter({side: count for side, count in sides.items() if side <= THUMBNAIL})
+    if 2 * thumbnails.total() <= sides.total():
+        return 224
+    side = max(thumbnails, key=lambda side: (thumbnails[side], side))
+    if len(sides) > 1:
+        warn(
+            f"{files.root}: images of {min(sides)} to {max(sides)} pixels, most of {side}; "
+            f"all are resized to {side}, or give --image-size"
+        )
+    return side
 
 
 def class_names(root: Path) -> list[str]:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_data
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
 import datasets
 from datasets.augment import PadAndCrop, RandomFlip, RandomResizedCrop, RandomRotation
 from datasets.base import Split, generator_for
 from datasets.cifar import CIFAR10, CIFAR100, Variant
+from datasets.pictures import read_rgb, to_rgb
 from pipeline.errors import UserError
 from pipeline.feed import MicrobatchFeed, Plan
 
@@ -332,6 +333,76 @@ def test_a_class_that_only_val_has_is_named(tmp_path: Path) -> None:
     refused(f"{tmp_path}/val/cow: no class 'cow' in {tmp_path}/train", name="imagefolder", data_dir=tmp_path)
 
 
+MODES = """1 L P RGB RGBA RGBX CMYK YCbCr LAB HSV LA PA La RGBa I F I;16 I;16L I;16B I;16N""".split()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_that_pillow_knows_becomes_rgb_with_dark_dark_and_bright_bright(mode: str) -> None:
+    """A picture whose left half is black and whose right half is white stays one."""
+    half = Image.new("L", (8, 8))
+    half.paste(255, (4, 0, 8, 8))
+    if mode.startswith("I;16"):
+        made = Image.frombytes(mode, (8, 8), np.asarray(half, dtype=">u2" if mode == "I;16B" else "<u2").tobytes())
+        made = made.point(lambda value: value * 257) if mode == "I;16" else _scaled_16(made, mode)
+    elif mode == "I":
+        made = Image.fromarray(np.asarray(half, dtype=np.int32) * 257)
+    elif mode == "F":
+        made = Image.fromarray(np.asarray(half, dtype=np.float32) / 255)
+    elif mode == "LAB":
+        made = ImageCms.profileToProfile(
+            half.convert("RGB"), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    else:
+        via = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+        made = (half.convert("RGB") if mode in ("HSV", "CMYK", "YCbCr", "RGBX") else half).convert(via or mode)
+        made = made.convert(mode) if via else made
+    assert made.mode == mode
+    rgb = np.asarray(to_rgb(made))
+    assert rgb.shape == (8, 8, 3) and rgb.dtype == np.uint8
+    assert rgb[:, :4].max() <= 3 and rgb[:, 4:].min() >= 252
+
+
+def _scaled_16(image: Image.Image, mode: str) -> Image.Image:
+    order = ">u2" if mode == "I;16B" else "<u2"
+    pixels = np.frombuffer(image.tobytes(), dtype=order).astype(np.uint32) * 257
+    return Image.frombytes(mode, image.size, pixels.astype(order).tobytes())
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_keeps_its_levels(suffix: str, tmp_path: Path) -> None:
+    for level in (0, 200, 6000, 48000, 65535):
+        Image.fromarray(np.full((4, 4), level, np.uint16)).save(tmp_path / f"x.{suffix}")
+        assert np.asarray(read_rgb(tmp_path / f"x.{suffix}"))[0, 0].tolist() == [round(level / 257)] * 3
+
+
+def test_floats_are_scaled_by_the_range_they_use_and_nan_is_refused(tmp_path: Path) -> None:
+    for values, expected in (([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 100.0, 200.0], [0, 100, 200])):
+        Image.fromarray(np.array([values], np.float32)).save(tmp_path / "x.tif")
+        assert np.asarray(read_rgb(tmp_path / "x.tif"))[0, :, 0].tolist() == expected
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif: not a readable image \(it has pixels that are not finite\)"):
+        read_rgb(tmp_path / "x.tif")
+
+
+def test_one_odd_picture_does_not_set_the_size_of_all(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ("ape", "bee"), side=100, images=9)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "ape" / "0.jpg")
+    said: list[str] = []
+    train = datasets.load("imagefolder", data_dir=tmp_path, validation=False, warn=said.append).train
+    assert train.inputs[0][0].shape == (3, 224, 224) and not said
+
+
+def test_thumbnails_of_several_sizes_take_the_commonest_and_one_line_says_so(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ("ape", "bee"), side=32, images=9)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "ape" / "0.jpg")
+    said: list[str] = []
+    train = datasets.load("imagefolder", data_dir=tmp_path, validation=False, warn=said.append).train
+    assert train.inputs[0][0].shape == (3, 32, 32)
+    assert said == [
+        f"{tmp_path}/train: images of 8 to 32 pixels, most of 32; all are resized to 32, or give --image-size"
+    ]
+
+
 @pytest.mark.parametrize("content", ["truncated", "empty", "text"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_jpeg_is_one_line_with_its_name(content: str, workers: int, tmp_path: Path) -> None:
@@ -350,8 +421,18 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     write_images(tmp_path / "train", ("ape",))
     train = datasets.load("imagefolder", data_dir=tmp_path, validation=False).train
     (tmp_path / "train" / "ape" / "1.jpg").unlink()
-    with pytest.raises(UserError, match=r"ape/1\.jpg: not a readable image"):
+    with pytest.raises(UserError, match=r"ape/1\.jpg: cannot be read \(No such file or directory\)"):
         train.inputs[1]
+
+
+def test_a_picture_of_too_many_pixels_is_told_so_and_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "train", ("ape",))
+    train = datasets.load("imagefolder", data_dir=tmp_path, validation=False).train
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many: 32 x 40 are too many
+    with pytest.raises(UserError, match=r"ape/0\.jpg: has more than 0 million pixels; make it smaller"):
+        train.inputs[0]
 
 
 def rewrite(path: Path, **changes: Any) -> None:
