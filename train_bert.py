@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import datasets
+from datasets.wordpiece import read_tokens
 from pipeline.cli import parse_bert
 from pipeline.emulated_task import make_emulated
 from pipeline.errors import UserError
@@ -24,10 +25,7 @@ from pipeline.world import join_world, report_failures
 
 def check_vocabulary(path: str, size: int) -> None:
     """Refuses a vocabulary whose token ids the model cannot embed."""
-    try:
-        tokens = len(Path(path).read_text(encoding="utf-8").splitlines())
-    except OSError as error:
-        raise UserError(f"--vocab {path}: cannot be read ({error.strerror})") from None
+    tokens = len(read_tokens(Path(path)))
     if tokens > size:
         raise UserError(
             f"--vocab {path} has {tokens} tokens, the model embeds {size}; "

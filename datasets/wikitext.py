@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+import regex
+
 _HEADING = re.compile(r"^\s*(=(?: =)*|=+)\s+(\S.*?)\s+\1\s*$")
-_ENDS_SENTENCE = re.compile(r"""[.!?:;]["'”’)\]\s]*$""")
+_ENDS_SENTENCE = regex.compile(r"""[:;\p{STerm}]["'”’)\]\s]*$""")
 
 
 def articles(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -94,38 +96,52 @@ def _attribute(tag: str, name: str) -> str:
     return found.group(1) if found else ""
 
 
-# A sentence ends at . ! or ? (and what closes it), before white space and a capital, a digit or an opening mark.
-_END = re.compile(r"""([.!?]+)(["'”’)\]]*)(\s+)(?=["'“‘]?\s?[A-Z0-9À-ÖØ-ÞĀ-ɏΑ-ΩА-Я])""")
+# . ! and ? end a sentence before white space and a capital, a digit, a letter of a script without capitals or an
+# opening mark; the marks of other scripts (。 ؟ । ። ...) before anything but a small letter, white space or not.
+_CLOSING = r"""["'”’»\p{Pe}\p{Pf}]*"""
+_OPENING = r"""["'“‘«\p{Pi}]?\s?"""
+_END_WITH_CASE, _END_WITHOUT_CASE = (
+    regex.compile(
+        rf"(?P<mark>[.!?…]+){_CLOSING}(?P<gap>\s+)(?={_OPENING}[{begins}])"
+        rf"|(?P<mark>[\p{{STerm}}--[.!?]]+){_CLOSING}(?P<gap>\s*)(?=[\S--\p{{Ll}}])",
+        regex.V1,
+    )
+    for begins in (r"\p{Lu}\p{Lt}\p{Lo}\p{N}", r"\p{L}\p{N}")
+)
 _ABBREVIATED = """
     mr mrs ms dr prof sr jr st mt ft gen col lt capt cmdr maj sgt adm rev hon gov sen rep pres vs etc al ca c
     cf no nos vol vols pp p ed eds fig figs op approx dept est inc ltd co corp bros jan feb mar apr jun jul aug
     sep sept oct nov dec e.g i.e u.s u.k ph.d d.c b.c a.d a.m p.m
 """
 _ABBREVIATIONS = frozenset(_ABBREVIATED.split())
-_INITIALS = re.compile(r"^(?:[A-Z]|(?:[A-Z]\.)+[A-Z])$")
+_INITIALS = regex.compile(r"^(?:\p{Lu}|(?:\p{Lu}\.)+\p{Lu})$")
 _WIKITEXT_JOINS = re.compile(r" @([-,.])@ ")
 
 
 def sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph, in order; joined by blanks they give it back, up to white space.
+    """The sentences of a paragraph, in order; joined they give it back, up to white space.
 
-    WikiText's ` @-@ ` is undone. Abbreviations and initials end no sentence: a wrong join costs less than a cut.
+    WikiText's ` @-@ ` is undone. Abbreviations and initials end no sentence: a wrong join costs less than a cut. Where
+    a paragraph has no capitals at all, a sentence may begin with a small letter.
 
     >>> sentences("Dr. Boulter met J. F. Kennedy in the U.S. in 1962. He left at 5 p.m. on Monday .")
     ['Dr. Boulter met J. F. Kennedy in the U.S. in 1962.', 'He left at 5 p.m. on Monday .']
+    >>> sentences("他走了。她来了！")
+    ['他走了。', '她来了！']
     """
     text = " ".join(_WIKITEXT_JOINS.sub(r"\1", paragraph).split())
+    ends = _END_WITHOUT_CASE if text == text.lower() else _END_WITH_CASE
     found, start = [], 0
-    for end in _END.finditer(text):
+    for end in ends.finditer(text):
         if _is_end(text, end):
-            found.append(text[start : end.start(3)])
-            start = end.end(3)
+            found.append(text[start : end.start("gap")])
+            start = end.end("gap")
     rest = text[start:]
     return [*found, rest] if rest else found
 
 
-def _is_end(text: str, end: re.Match[str]) -> bool:
-    if end.group(1) != ".":
+def _is_end(text: str, end: regex.Match[str]) -> bool:
+    if end["mark"] != ".":
         return True
     word = text[: end.start()].rpartition(" ")[2].lstrip("\"'“‘([")
     return not word or not (_INITIALS.match(word) or word.lower() in _ABBREVIATIONS)

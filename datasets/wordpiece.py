@@ -11,8 +11,23 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from pipeline.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_ALPHABET = 1000  # characters kept, the most frequent ones, as in BERT's own vocabulary
+ALPHABET = 1000  # characters that are kept in any case, the most frequent ones, as in BERT's own vocabulary
+COVERAGE = 0.9995  # of the text, by the characters that are kept; more of them than ALPHABET where it needs them
 _WORDS_PER_LINE = 1000
+
+
+def read_tokens(path: Path) -> list[str]:
+    """The lines of a vocab.txt. A line ends at a line feed only: U+2028, U+0085 and their like can be tokens.
+
+    Raises:
+        UserError: no such file, or no text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable vocabulary ({error}); give a vocab.txt, one token a line") from error
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -21,10 +36,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     Raises:
         UserError: no such file, no text, a token missing that is needed, or one that stands there twice.
     """
-    try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable vocabulary ({error}); give a vocab.txt, one token a line") from error
+    tokens = read_tokens(path)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     missing = [token for token in SPECIAL if token not in vocabulary]
     if missing:
@@ -43,7 +55,9 @@ def tokenizer_for(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool) -> list[str]:
+def train_vocabulary(
+    lines: Iterable[str], size: int, *, lowercase: bool, character_coverage: float = COVERAGE
+) -> list[str]:
     """The tokens of a vocabulary of at most `size`, in the order of their ids; the same lines give the same one.
 
     The trainer numbers continuations (##a) in the random order of a hash map, and breaks ties by number. Given in a
@@ -54,14 +68,14 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool) -> lis
         UserError: `size` does not hold the special tokens and the alphabet.
     """
     words = _count_words(lines, lowercase=lowercase)
-    alphabet = _frequent_characters(words)
+    alphabet = _frequent_characters(words, coverage=character_coverage, room=size // 2)
     kept = {word: count for word, count in words.items() if alphabet.issuperset(word)}
     continuations = sorted({f"##{character}" for word in kept for character in word[1:]})
     least = len(SPECIAL) + len(continuations) + len({word[0] for word in kept})
     if size < least:
         raise UserError(f"a vocabulary of {size} does not hold the alphabet; give --train-vocab {least} or more")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=[*SPECIAL, *continuations], limit_alphabet=_ALPHABET, show_progress=False
+        vocab_size=size, special_tokens=[*SPECIAL, *continuations], limit_alphabet=len(alphabet), show_progress=False
     )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -81,12 +95,22 @@ def _count_words(lines: Iterable[str], *, lowercase: bool) -> Counter[str]:
     return words
 
 
-def _frequent_characters(words: Counter[str]) -> set[str]:
+def _frequent_characters(words: Counter[str], *, coverage: float, room: int) -> set[str]:
+    """The most frequent characters: ALPHABET of them, then more up to that coverage, if their tokens fit in `room`."""
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
             counts[character] += count
-    return set(sorted(counts, key=lambda character: (-counts[character], character))[:_ALPHABET])
+    forms = Counter({*((word[0], "first") for word in words), *((c, "later") for word in words for c in word[1:])})
+    kept: set[str] = set()
+    covered, tokens = 0, 0
+    for character in sorted(counts, key=lambda character: (-counts[character], character)):
+        tokens += forms[character, "first"] + forms[character, "later"]
+        if len(kept) >= ALPHABET and (covered >= coverage * counts.total() or tokens > room):
+            break
+        kept.add(character)
+        covered += counts[character]
+    return kept
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:

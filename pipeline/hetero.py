@@ -389,7 +389,7 @@ def parse_trace(text: str, *, file: str, whom: Whom) -> tuple[Trace, ...]:
     Raises:
         UserError: with the file and the line.
     """
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.split("#")[0].strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.split("#")[0].strip()]
     rows = [(number, [cell.strip() for cell in line.split("#")[0].split(",")]) for number, line in lines]
     if len(rows) < 2 or rows[0][1][0] != "time_s" or len(rows[0][1]) < 2:
         raise UserError(f"--hetero {file}: expected a line time_s,speed or time_s,pipeline=0,host=w1, then numbers")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
+import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -20,7 +24,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import datasets
-from datasets.prepare_wiki import Job, main, prepare, special_tokens
+from datasets.prepare_wiki import Job, losses, main, prepare, special_tokens
 from datasets.pretraining import Recipe, Special, mask, pairs_of, samples_of, truncate
 from datasets.wiki import IGNORE
 from datasets.wikitext import articles, sentences
@@ -136,6 +140,12 @@ def test_the_articles_of_a_real_file() -> None:
         ["He was born c. 1200.", "Ålesund is a town.", "Élan is not."],
         ["The site example.com is up.", "Yes."],
         ["What ?!", "Indeed ."],
+        ["他走了。", "她来了！", "“真的吗？”", "是。"],
+        ["그는 갔다.", "그녀는 왔다.", "정말?", "그렇다."],
+        ["वह गया।", "वह आई।"],
+        ["ذهب.", "هل جاءت؟", "نعم."],
+        ["all is in small letters here.", "it goes on, e.g. like this!", "and ends."],
+        ["iPhones sell. and this is no new one.", "This is."],
     ],
 )
 def test_a_paragraph_is_cut_where_sentences_end(expected: list[str]) -> None:
@@ -191,6 +201,23 @@ def test_a_vocabulary_too_small_for_the_alphabet_is_refused() -> None:
         train_vocabulary(made_up_text(2).splitlines(), 20, lowercase=True)
     with pytest.raises(UserError, match="no words to train a vocabulary on"):
         train_vocabulary([" ", ""], 1000, lowercase=True)
+
+
+def test_a_large_alphabet_is_kept_as_far_as_the_text_needs_it_and_the_vocabulary_holds_it() -> None:
+    characters = [chr(0x4E00 + number) for number in range(3000)]
+    text = [" ".join(characters)]
+    assert set(characters) <= set(train_vocabulary(text, 8000, lowercase=True, character_coverage=1.0))
+    half = train_vocabulary(text, 8000, lowercase=True, character_coverage=0.5)
+    assert sum(token in characters for token in half) == 1500
+    small = train_vocabulary(text, 4000, lowercase=True)  # half of it for the alphabet
+    assert 1999 <= sum(token in characters for token in small) <= 2001
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_line_of_a_vocabulary_ends_at_a_line_feed_only(ending: str, tmp_path: Path) -> None:
+    tokens = [*SPECIAL, "\u2028", "\u0085", "\x0b", "\x1c", "a"]
+    (tmp_path / "v.txt").write_bytes("".join(token + ending for token in tokens).encode())
+    assert read_vocabulary(tmp_path / "v.txt") == {token: number for number, token in enumerate(tokens)}
 
 
 @pytest.mark.parametrize(
@@ -311,7 +338,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_shards_have_nvidias_names_keys_types_and_compression(text: Path, vocab: Path, tmp_path: Path) -> None:
-    rows = prepare([text], tmp_path / "out", JOB, vocab=vocab, console=QUIET)
+    rows = [shard.rows for shard in prepare([text], tmp_path / "out", JOB, vocab=vocab, console=QUIET)]
     assert sorted(digests(tmp_path / "out")) == ["vocab.txt", *(f"wikicorpus_en_training_{i}.hdf5" for i in range(3))]
     for number, count in enumerate(rows):
         with h5py.File(tmp_path / "out" / f"wikicorpus_en_training_{number}.hdf5") as file:
@@ -328,7 +355,7 @@ def test_shards_have_nvidias_names_keys_types_and_compression(text: Path, vocab:
 
 def test_prepared_shards_can_be_loaded_and_restore_the_text(text: Path, vocab: Path, tmp_path: Path) -> None:
     job = Job(recipe=JOB.recipe, shards=2, test_shards=1)
-    rows = prepare([text], tmp_path / "out", job, vocab=vocab, console=QUIET)
+    rows = [shard.rows for shard in prepare([text], tmp_path / "out", job, vocab=vocab, console=QUIET)]
     splits = datasets.load(
         "wiki", kind="tokens", data_dir=tmp_path / "out", vocab_size=6 + len(WORDS), sequence_length=48
     )
@@ -375,7 +402,7 @@ def test_shards_of_a_larger_run_are_not_left_among_the_new_ones(text: Path, voca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shards", "13"], "24 articles cannot fill 13 shards, which need 2 each; give more text, or --shards 12"),
+        (["--shards", "13"], r"24 articles cannot fill 13 shards, .* give more text \(.*\), or --shards 12 or fewer"),
         (["--shards", "0"], "--shards is 0; give 1 or more"),
         (["--seq-length", "4"], "--seq-length is 4; give 8 or more"),
         (["--max-predictions", "0"], "--max-predictions is 0"),
@@ -397,7 +424,53 @@ def test_mistakes_are_one_line_and_exit_2(
 ) -> None:
     given_arguments = ["--input", str(text), "--output", str(tmp_path / "out"), "--vocab", str(vocab)]
     assert main([*given_arguments, "--processes", "1", *arguments]) == 2
-    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f"error: {message}.*", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_text_without_blank_lines_is_told_how_articles_are_told_apart(vocab: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("The cat.\nThe dog.\n")
+    with pytest.raises(
+        UserError, match=r"^1 article cannot fill 1 shard, .*a blank line stands between two articles\)$"
+    ):
+        prepare([tmp_path / "one.txt"], tmp_path / "out", Job(recipe=JOB.recipe, shards=1), vocab=vocab, console=QUIET)
+
+
+def test_what_the_text_loses_on_its_way_is_counted_and_told(vocab: Path, tmp_path: Path) -> None:
+    """Of ten words in a sentence one is unknown; sentences of 110 tokens do not fit into a sequence of 48."""
+    long = " ".join([*WORDS[:9], "zebra"] * 11)
+    (tmp_path / "text.txt").write_text("\n\n".join([long] * 4))
+    job = Job(recipe=JOB.recipe, shards=1, dup_factor=1)
+    for way, cut in (("cut", (110 - 45) / 110), ("split", 0.0)):
+        job = replace(job, long_sentences=way)
+        (written,) = prepare([tmp_path / "text.txt"], tmp_path / way, job, vocab=vocab, console=QUIET)
+        assert written.unknown / written.tokens == pytest.approx(0.1)
+        assert written.cut / written.tokens == pytest.approx(cut)
+        lines = losses([written], trained=False)
+        assert lines[0] == f"10.00% of the tokens are [UNK], {cut:.2%} of the text stands in no sequence, cut off"
+        assert ["--long-sentences split" in line for line in lines[1:]] == [False, True][: len(lines) - 1]
+        assert "a vocabulary made for this text" in lines[1]
+
+
+def test_a_full_disk_is_one_line_with_the_room_that_is_left(
+    text: Path, vocab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    arguments = ["--input", str(text), "--output", str(tmp_path / "out"), "--vocab", str(vocab), "--processes", "1"]
+    arguments += ["--shards", "2"]
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: --output {tmp_path}/out: the disk is full \([\d.]+ MB free\); make room.*", last)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["vocab.txt"]
+
+
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    run = [sys.executable, str(ROOT / "datasets" / "prepare_wiki.py"), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0 and "--train-vocab SIZE" in shown.stdout, shown.stderr
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(vocab: Path, tmp_path: Path) -> None:
