@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +29,17 @@ class Images:
     def __getitem__(self, key: Key) -> tuple[Tensor, ...]:
         epoch, index = epoch_and_index(key)
         return (self.transform(self.read(index), generator_for(self.seed, epoch, index)),)
+
+    def place(self, index: int) -> str:
+        """Where image `index` lies."""
+        return str(self.read.path(index)) if isinstance(self.read, InFiles) else f"image {index}"
+
+
+@runtime_checkable
+class InFiles(Protocol):
+    """Images that lie in a file each."""
+
+    def path(self, index: int, /) -> Path: ...
 
 
 @dataclass(frozen=True, eq=False)

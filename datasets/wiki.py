@@ -110,7 +110,7 @@ class Shards:
             opened = self._opened(shard)
             return place, [np.asarray(opened[key][row], dtype=np.int64) for key in keys]
         except (OSError, KeyError) as error:
-            raise UserError(f"{place}: cannot be read ({error}); prepare or copy this shard again") from error
+            raise UserError(f"{place}: {_why_unreadable(error)}") from error
 
     def _opened(self, shard: int) -> Mapping[str, Any]:
         if self._process != os.getpid():  # a forked loader worker must not share its parent's files
@@ -119,7 +119,7 @@ class Shards:
             if len(self._handles) >= self._open_files:
                 _, oldest = self._handles.popitem(last=False)
                 oldest["input_ids"].file.close()
-            file = h5py.File(self._files[shard], "r", **_CHUNK_CACHE)
+            file = open_shard(self._files[shard])
             self._handles[shard] = {key: file[key] for key in KEYS}
         self._handles.move_to_end(shard)
         return self._handles[shard]
@@ -177,16 +177,31 @@ class WikiTargets:
         return torch.from_numpy(labels), torch.tensor(int(not_next))
 
 
+def open_shard(path: Path) -> h5py.File:
+    """The file to read; a file system that knows no locks is read without one."""
+    return h5py.File(path, "r", locking="best-effort", **_CHUNK_CACHE)
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What h5py's error means: a file that is being written, one that may not be read, or one that is damaged."""
+    if "unable to lock file" in str(error):
+        return "another program is writing it (it is locked); wait until that has ended"
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None:  # the file system's, not HDF5's
+        return f"cannot be read ({os.strerror(number)})"
+    return f"not a readable HDF5 file ({error}); prepare or copy this shard again"
+
+
 def _check(path: Path) -> tuple[int, int]:
     """(rows, sequence length) of one shard whose keys, types and shapes agree."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_shard(path) as file:
             missing = [key for key in KEYS if key not in file]
             if missing:
                 raise UserError(f"{path}: no key {missing[0]!r}; expected {', '.join(KEYS)}")
             shapes = {key: _shape(file[key], path, key) for key in KEYS}
     except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({error}); prepare or copy it again") from error
+        raise UserError(f"{path}: {_why_unreadable(error)}") from error
     rows, length = shapes["input_ids"]
     predictions = shapes["masked_lm_positions"][1]
     expected: dict[str, tuple[int, ...]] = {"next_sentence_labels": (rows,)}

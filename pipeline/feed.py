@@ -15,17 +15,26 @@ told, and what a key gives depends on nothing but the key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from pipeline.errors import UserError
 from pipeline.seeding import mix
+
+SHARED_MEMORY = "/dev/shm"
+IN_FLIGHT = 16  # micro-batches per worker that /dev/shm shall hold: read ahead, being used, and those of other ranks
+LONGEST_TEMPORARY = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 
 Key = int | tuple[int, int]
 Batch = tuple[Tensor, ...]
@@ -44,6 +53,13 @@ class Stacked(Protocol):
     """Samples that read those of a whole micro-batch at once, faster than one by one."""
 
     def together(self, keys: list[tuple[int, int]], /) -> Batch: ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Samples that can say where one of them lies: a file, and perhaps a row of it."""
+
+    def place(self, index: int, /) -> str: ...
 
 
 class Microbatches(Protocol):
@@ -215,8 +231,9 @@ class MicrobatchFeed:
     workers. What comes out depends on the data set and the plan only; global random state is left alone.
 
     Raises, while iterating:
-        UserError: a sample cannot be read; its own message, also when a worker process found it.
-        RuntimeError: a worker died, or sent nothing for `timeout_s` seconds (0: wait for ever).
+        UserError: a sample cannot be read (its own message, also when a worker process found it), or a worker
+            sent nothing for `timeout_s` seconds (0: wait for ever): the message says what it was reading.
+        RuntimeError: a worker died.
     """
 
     def __init__(
@@ -232,7 +249,7 @@ class MicrobatchFeed:
     ) -> None:
         if workers < 0:
             raise UserError(f"{workers} loader workers; give 0 (read in the training process) or more")
-        self._samples = _Guarded(samples)
+        self._samples = _Guarded(samples, workers)
         self._keys = _KeyLists(plan, start_microbatch, stop_microbatch)
         self._workers = workers
         self._pin_memory = pin_memory and torch.cuda.is_available()
@@ -249,7 +266,7 @@ class MicrobatchFeed:
     def _fetched(self) -> Iterator[Batch | _Unreadable]:
         if self._workers == 0 and not self._pin_memory:  # a DataLoader would do the same, ten times as slowly
             return map(self._samples.__getitems__, self._keys)
-        return _told_apart(iter(self._opened()))
+        return self._told_apart(iter(self._opened()))
 
     def close(self) -> None:
         """Lets the worker processes go once nobody iterates; iterating again starts new ones."""
@@ -257,10 +274,18 @@ class MicrobatchFeed:
 
     def _opened(self) -> DataLoader[Batch]:
         if self._loader is None:
+            first = next(iter(self._keys), [])
+            by_pipe = self._workers > 0 and not shared_memory_serves(
+                needed_bytes=self._samples.size_bytes(first) * IN_FLIGHT * self._workers,
+                free_bytes=_free_shared_memory(),
+                temporary=tempfile.gettempdir(),
+            )
+            if by_pipe:
+                self._samples.stay_out_of_shared_memory()
             self._loader = DataLoader(
                 self._samples,  # type: ignore[arg-type]  # only __getitems__ and __len__ are used
                 batch_sampler=self._keys,
-                collate_fn=_unchanged,
+                collate_fn=_as_arrays if by_pipe else _unchanged,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self._pin_memory,
@@ -268,6 +293,28 @@ class MicrobatchFeed:
                 generator=torch.Generator().manual_seed(0),
             )
         return self._loader
+
+    def _told_apart(self, loader: Iterator[Any]) -> Iterator[Any]:
+        """What the loader gives; the death of a worker is one kind of error, wherever torch was when it came to light.
+
+        torch raises a RuntimeError of its own if it was waiting, or the broken connection if it was fetching a tensor.
+        """
+        while True:
+            try:
+                loaded = next(loader)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                raise RuntimeError(f"a process that reads data died: its connection is broken ({error})") from error
+            except RuntimeError as error:
+                self.close()
+                if "timed out" not in str(error):
+                    raise
+                raise UserError(
+                    f"the processes that read data sent nothing for {self._timeout_s:g} s; {self._samples.doing()}; "
+                    "is the file system there? (--timeout gives it more time, --workers 0 reads without processes)"
+                ) from error
+            yield _as_tensors(loaded)
 
 
 @dataclass(frozen=True)
@@ -278,11 +325,19 @@ class _Unreadable:
 
 
 class _Guarded:
-    """Reads the samples of one micro-batch, stacked; a UserError becomes a value."""
+    """Reads the samples of one micro-batch, stacked; a UserError becomes a value.
 
-    def __init__(self, samples: Samples) -> None:
+    Each of the `workers` processes notes the sample that it is reading where the training process sees it.
+    """
+
+    def __init__(self, samples: Samples, workers: int = 0) -> None:
         self._samples = samples
         self._read = samples.together if isinstance(samples, Stacked) else self._one_by_one
+        self._stack: Callable[[list[Tensor]], Tensor] = default_collate  # into shared memory, in a worker
+        self._reading = multiprocessing.RawArray("q", [-1] * workers) if workers else None
+
+    def stay_out_of_shared_memory(self) -> None:
+        self._stack = torch.stack
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -292,10 +347,38 @@ class _Guarded:
             return self._read(keys)
         except UserError as error:
             return _Unreadable(str(error))
+        finally:
+            self._note(-1)
+
+    def size_bytes(self, keys: list[tuple[int, int]]) -> int:
+        """Bytes of a micro-batch of these samples, from the first of them; 0 where it cannot be read."""
+        read = self.__getitems__(keys[:1]) if keys else ()
+        if isinstance(read, _Unreadable):
+            return 0
+        return sum(tensor.nbytes for tensor in read) * len(keys)
+
+    def doing(self) -> str:
+        """What each worker is reading, in words."""
+        reading = [(worker, index) for worker, index in enumerate(self._reading or ()) if index >= 0]
+        if not reading:
+            return "none of them was reading a sample"
+        return ", ".join(f"process {worker} was reading {self._place(index)}" for worker, index in reading)
+
+    def _place(self, index: int) -> str:
+        return self._samples.place(index) if isinstance(self._samples, Placed) else f"sample {index}"
+
+    def _note(self, index: int) -> None:
+        process = get_worker_info()
+        if process is not None and self._reading is not None:
+            self._reading[process.id] = index
 
     def _one_by_one(self, keys: list[tuple[int, int]]) -> Batch:
-        columns = zip(*(self._samples[key] for key in keys), strict=True)
-        return tuple(default_collate(list(column)) for column in columns)
+        columns = zip(*map(self._one, keys), strict=True)
+        return tuple(self._stack(list(column)) for column in columns)
+
+    def _one(self, key: tuple[int, int]) -> Batch:
+        self._note(key[1])
+        return self._samples[key]
 
 
 @dataclass(frozen=True)
@@ -317,23 +400,32 @@ class _KeyLists:
             microbatch += 1
 
 
-def _told_apart(loader: Iterator[Any]) -> Iterator[Any]:
-    """What the loader gives; the death of a worker is one kind of error, wherever torch was when it came to light.
+def shared_memory_serves(*, needed_bytes: int, free_bytes: int | None, temporary: str) -> bool:
+    """Whether worker processes can hand over tensors in shared memory; otherwise they send them through pipes.
 
-    torch raises a RuntimeError of its own if it was waiting, or the broken connection if it was fetching a tensor.
+    torch needs room in /dev/shm (None: nobody knows how much there is), and a socket in the temporary folder, whose
+    path may not be longer than a socket's can be.
     """
-    while True:
-        try:
-            loaded = next(loader)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            raise RuntimeError(f"a process that reads data died: its connection is broken ({error})") from error
-        yield loaded
+    return (free_bytes is None or needed_bytes <= free_bytes) and len(os.fsencode(temporary)) <= LONGEST_TEMPORARY
+
+
+def _free_shared_memory() -> int | None:
+    return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _as_arrays(batch: Batch | _Unreadable) -> Any:
+    """A worker's micro-batch as arrays, whose bytes go through a pipe, with neither shared memory nor a socket."""
+    return batch if isinstance(batch, _Unreadable) else tuple(tensor.numpy() for tensor in batch)
+
+
+def _as_tensors(loaded: Any) -> Any:
+    if isinstance(loaded, tuple) and loaded and isinstance(loaded[0], np.ndarray):
+        return tuple(torch.from_numpy(array) for array in loaded)
+    return loaded
 
 
 def _check_positive(**numbers: int) -> None:

@@ -363,6 +363,7 @@ class Trainer:
             stop_microbatch=stop,
             workers=workers,
             pin_memory=self.world.device.type == "cuda",
+            timeout_s=self.world.timeout_s,
         )
 
     # --- at the stops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_a_file_that_is_no_hdf5_is_named(content: bytes | None, folder: Path) ->
     bad = folder / "wikicorpus_en_training_7.hdf5"
     bad.write_bytes(bad.read_bytes()[:700] if content is None else content)
     refused(f"{bad}: not a readable HDF5 file", folder)
+
+
+def test_a_shard_that_somebody_writes_and_one_that_is_gone_are_not_called_damaged(folder: Path) -> None:
+    shard = folder / "wikicorpus_en_training_0.hdf5"
+    train = load(folder).train
+    with shard.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        refused(f"{shard}: another program is writing it .it is locked.; wait until that has ended", folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"training_0\.hdf5, row 0: cannot be read \(No such file or directory\)"):
+        train.inputs[0]
 
 
 def test_a_single_shard_without_rows_is_passed_over(folder: Path) -> None:

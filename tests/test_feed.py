@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +27,7 @@ from pipeline.feed import (
     ValidationPlan,
     epoch_order,
     shard,
+    shared_memory_serves,
 )
 
 
@@ -252,6 +257,66 @@ def test_closing_a_feed_half_way_ends_its_workers() -> None:
     assert not multiprocessing.active_children()
     assert next(iter(feed))[0] == 0  # it can be read again, with new workers
     feed.close()
+
+
+@dataclass(frozen=True)
+class Stuck(Numbers):
+    """Reading sample 3 never ends, as on a file system that is gone."""
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, ...]:
+        while key == (0, 3):
+            signal.pause()
+        return super().__getitem__(key)
+
+    def place(self, index: int) -> str:
+        return f"/data/{index}.jpg"
+
+
+def test_a_worker_that_hangs_is_waited_for_until_the_deadline_and_the_message_says_what_it_reads() -> None:
+    feed = MicrobatchFeed(Stuck(12), ValidationPlan(size=12, batch_size=2), workers=1, timeout_s=2.0)
+    with pytest.raises(UserError, match=r"sent nothing for 2 s; process 0 was reading /data/3\.jpg; .*--timeout"):
+        list(feed)
+    assert not multiprocessing.active_children()
+
+
+def test_shared_memory_serves_where_it_is_large_enough_and_its_socket_can_be_made() -> None:
+    folder = "/tmp"
+    assert shared_memory_serves(needed_bytes=10, free_bytes=10, temporary=folder)
+    assert shared_memory_serves(needed_bytes=10, free_bytes=None, temporary=folder)
+    assert not shared_memory_serves(needed_bytes=11, free_bytes=10, temporary=folder)
+    assert not shared_memory_serves(needed_bytes=0, free_bytes=10, temporary="/tmp/" + "x" * 80)
+
+
+def test_a_temporary_folder_whose_path_no_socket_can_have_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    plan = ValidationPlan(size=11, batch_size=2)
+    keys = [key for _, tensors in MicrobatchFeed(Numbers(11), plan, workers=2) for key in keys_in(tensors)]
+    assert keys == [(0, index) for index in range(11)]
+
+
+READ_LARGE = """
+import torch
+from pipeline.feed import MicrobatchFeed, ValidationPlan
+class Large:
+    def __len__(self): return 8
+    def __getitem__(self, key): return (torch.full((1 << 18,), float(key[1])),)
+if __name__ == "__main__":
+    print([m for m, (x,) in MicrobatchFeed(Large(), ValidationPlan(size=8, batch_size=1), workers=2) if x[0, -1] == m])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small /dev/shm needs root")
+def test_a_shared_memory_smaller_than_a_microbatch_changes_nothing() -> None:
+    code = shlex.quote(READ_LARGE)
+    small = f"mount -t tmpfs -o size=512k tmpfs /dev/shm && exec {sys.executable} -c {code}"
+    run = subprocess.run(["unshare", "-m", "sh", "-c", small], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip(f"no mount namespaces here: {run.stderr.strip()}")
+    assert run.stdout.strip() == str(list(range(8))), run.stderr
 
 
 KILL_A_WORKER = """
