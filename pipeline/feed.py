@@ -417,7 +417,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _as_arrays(batch: Batch | _Unreadable) -> Any:
+def _as_arrays(batch: Any) -> Any:
     """A worker's micro-batch as arrays, whose bytes go through a pipe, with neither shared memory nor a socket."""
     return batch if isinstance(batch, _Unreadable) else tuple(tensor.numpy() for tensor in batch)
 
