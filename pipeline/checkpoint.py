@@ -65,7 +65,7 @@ def save(
     values: Mapping[str, Any],
     keep: int = 3,
     group: dist.ProcessGroup | None = None,
-    writer: Writer | None = None,
+    writer: Callable[[], Writer] = passing_writer,
     ask: Callable[[], object] = _nothing,
     finite: Collection[str] = (),
 ) -> Path:
@@ -75,7 +75,8 @@ def save(
     `values` (JSON-able) are kept. Without a group this process alone writes. The newest `keep` of the run stay.
 
     Args:
-        writer: for whom; without one, this is the only one who writes into the folder.
+        writer: for whom; asked for on the first rank, at the beginning and before the end, and raises `UserError` where
+            the folder is somebody else's. Without it, this is the only one who writes into the folder.
         ask: raises `Fenced` where this pipeline may no longer publish; called by every rank.
         finite: names of tensors without which, if a number in them is not finite, there is no checkpoint.
 
@@ -86,16 +87,15 @@ def save(
     """
     ring = _Ranks(group)
     directory = Path(directory)
-    writer = writer or passing_writer()
     with ring.agreeing(f"checkpoint {directory}, step {step}"):
         ring.each(lambda: _check_finite(tensors, finite))
-        folder = Path(ring.from_first(lambda: str(_begin(directory, step, writer))))
+        folder = Path(ring.from_first(lambda: str(_begin(directory, step, writer()))))
         try:
             ring.each(lambda: _check_shared(folder, ring))
             sums = ring.each(lambda: _write_tensors(folder, tensors, ring.rank))
-            ring.from_first(lambda: _describe_all(folder, directory, step, values=values, sums=sums, writer=writer))
+            ring.from_first(lambda: _describe_all(folder, directory, step, values=values, sums=sums, writer=writer()))
             ring.all_may(ask)
-            name: str = ring.from_first(lambda: _publish(folder, directory, step, writer, keep=keep))
+            name: str = ring.from_first(lambda: _publish(folder, directory, step, writer(), keep=keep))
         except BaseException as failed:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(failed, UserError):

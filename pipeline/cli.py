@@ -156,6 +156,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag("checkpoint", "folder of checkpoints, one per epoch", str, "DIR"),
             Flag("checkpoint_every", "also one every so many updates; 0: epochs only", int, "N"),
             Flag("keep", "checkpoints to keep", int, "K"),
+            Flag("checkpoint_errors", "when one cannot be written: warn and try again at the next stop, or stop"),
             Flag("resume", "go on from the newest checkpoint in DIR (default: --checkpoint's)", str, "DIR"),
             Flag("export", "write the trained weights as safetensors", str, "FILE"),
         ),

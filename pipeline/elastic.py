@@ -64,6 +64,7 @@ class ElasticTrainer(Trainer):
         self.common = _common_plan(plan, task)
         super().__init__(plan, task, world, transport, profile)
         self.segment, self.k = 0, 0
+        self._deserted = False  # whether the coordinator is gone
         self.ticket = 0  # the last one that was begun here
         self._counted = 0  # batches whose samples are counted
         self.distance = 0.0  # between this replica and the mean, at the last stop
@@ -360,6 +361,28 @@ class ElasticTrainer(Trainer):
                 world.diary.note_state("averaged", {"x": mean}, segment=segment, members=group.members)
                 return
 
+    def by_saver(self, write: Callable[[], None]) -> None:
+        """At the very end the next pipeline writes where the one that should is lost: no other chance comes."""
+        if self._deserted or self.batches < self.calendar.total_batches:
+            super().by_saver(write)
+            return
+        written = False
+        while not written:
+            mine = self.saver == self.world.pipeline
+            if mine:
+                write()
+            written = self.world.anybody("written", mine)
+            if not written:
+                self.saver = min(self.world.live_pipelines())
+
+    def may_write(self) -> None:
+        if self._deserted:  # there is nobody to ask, and no other who would write
+            return
+        client = self.world.client
+        self.world.gather("writes", None, scope="pipeline", fold="nothing")
+        if client.fenced:  # it knows already, and asked in its new life
+            raise Fenced(f"pipeline {self.world.pipeline} was declared lost before its checkpoint was written")
+
     def _leave_checkpoint(self) -> None:
         """The coordinator is gone: what this pipeline has learnt is not lost. All its stages come here."""
         client = self.world.client
@@ -367,7 +390,7 @@ class ElasticTrainer(Trainer):
             return
         calendar = self.calendar
         self.batches = calendar.batch_after(calendar.updates_after(self.segments.batch(self.ticket)))
-        self.saver = self.world.pipeline
+        self.saver, self._deserted = self.world.pipeline, True
         self.save()
 
     def _provide(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,10 +10,11 @@ waits for a pipeline that is gone. Keys are numbered within a segment, so that o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
@@ -35,6 +36,7 @@ from pipeline.sync import make_synchroniser
 from pipeline.world import World
 
 T = TypeVar("T")
+MOST_WRITERS = 3  # pipelines that are ready to write for all: the lowest does, the others should it be lost
 
 
 class ElasticWorld(World):
@@ -69,6 +71,7 @@ class ElasticWorld(World):
             torch.cuda.set_device(self.device)
         self._join_pipeline()
         address, key = self._find_coordinator()
+        self.job = hashlib.sha256(b"the job of " + address.encode() + key).hexdigest()[:16]
         self.mesh = Mesh(self.pipeline, key, address=self.address, timeout_s=self.timeout_s)
         self.client = Client(
             address,
@@ -169,6 +172,21 @@ class ElasticWorld(World):
         address, _, text = self._store.get("coordinator").decode().partition(" ")
         return address, bytes.fromhex(text)
 
+    # --- who writes for all
+
+    @property
+    def outlives_this(self) -> bool:
+        return True
+
+    def leads(self) -> bool:
+        return not self.late and self.pipeline == min(self.client.live, default=-1)
+
+    def may_write(self) -> bool:
+        return self.pipeline in sorted(self.client.live)[:MOST_WRITERS]
+
+    def lives(self) -> tuple[int, Mapping[int, int]]:
+        return self.client.generation, self.client.generations
+
     # --- values from and to others
 
     def begin_segment(self, segment: int) -> None:
@@ -251,6 +269,11 @@ class ElasticWorld(World):
         if not self.late or self._segment >= 0:
             with suppress(Fenced):  # whoever was declared lost meets it again in the training loop
                 self.gather("barrier", None, scope="all", fold="nothing")
+
+    def anybody(self, what: str, value: bool) -> bool:
+        """Whether it is true of any live worker; all of them call this."""
+        found: bool = self.gather(what, value, scope="all", fold="any")
+        return found
 
     def live_pipelines(self) -> Sequence[int]:
         """Who is alive, as all agree."""

@@ -75,17 +75,19 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     transport = transport or choose_transport(settings.backend, world, edges(plan.schedule, plan.shape))
     transport = throttled(transport, hetero, world.row, stage=world.stage, device=world.device)
     trainer = make_trainer(plan, task, world, transport, hetero)
-    if settings.resume_directory is not None:
-        trainer.resume(settings.resume_directory)
-    world.barrier()
-    trainer.run()
-    try:
-        if not trainer.over:
-            export(trainer)
-            finish(trainer, say)
-    except Fenced:  # so late that the others have ended without it
-        pass
+    with trainer.archive.open():
+        if settings.resume_directory is not None:
+            trainer.resume(settings.resume_directory)
+        world.barrier()
+        trainer.run()
+        try:
+            if not trainer.over:
+                export(trainer)
+                finish(trainer, say)
+        except Fenced:  # so late that the others have ended without it
+            pass
     world.close()
+    trainer.archive.complain()
 
 
 def make_trainer(plan: RunPlan, task: Task, world: World, transport: Transport, hetero: Hetero) -> Trainer:
@@ -166,20 +168,33 @@ def describe_run(plan: RunPlan, world: World) -> str:
 
 def export(trainer: Trainer) -> None:
     """Writes the whole model to --export, by way of a checkpoint: that is where the stages come together."""
-    settings, world = trainer.settings, trainer.world
-    if settings.export is None or world.pipeline != trainer.saver:
-        return
+    path = trainer.settings.export
+    if path is not None:
+        trainer.by_saver(lambda: _export(trainer, path))
+
+
+def _export(trainer: Trainer, path: str) -> None:
     from pipeline import checkpoint
 
-    folder = Path(settings.export + ".parts")
-    updates = trainer.calendar.updates_after(trainer.batches)
-    saved = checkpoint.save(
-        folder, updates, tensors=trainer.stage.model_state(), values={}, group=world.pipeline_group()
-    )
-    if world.stage == 0:
-        checkpoint.export(saved, settings.export, ties=dict(trainer.task.model.ties))
-        shutil.rmtree(folder)
-        print_line(f"exported {settings.export}")
+    folder, world = Path(path + ".parts"), trainer.world
+    tensors = trainer.stage.model_state()
+    try:
+        saved = checkpoint.save(
+            folder,
+            trainer.calendar.updates_after(trainer.batches),
+            tensors=tensors,
+            values={},
+            group=world.pipeline_group(),
+            writer=trainer.archive.passing_writer,
+            ask=trainer.may_write,
+            finite=tensors.keys(),
+        )
+        if world.stage == 0:
+            checkpoint.export(saved, path, ties=dict(trainer.task.model.ties))
+            shutil.rmtree(folder)
+            print_line(f"exported {path}")
+    except UserError as error:  # said when everything else is written
+        trainer.archive.export_failure = f"--export {path}: {error}"
 
 
 def finish(trainer: Trainer, say: Say) -> None:

@@ -30,6 +30,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "adpsgd_matching": ("async", "sync"),
         "initial_step_method": ("single_process", "multiple_processes"),
         "sync_momentum": ("keep", "average", "reset"),
+        "checkpoint_errors": ("warn", "stop"),
         "outer": ("none", "slowmo", "diloco"),
         "wait": ("adaptive", "reference"),
     }
@@ -157,6 +158,7 @@ class Settings:
     checkpoint: str | None = None
     checkpoint_every: int = 0  # updates; 0 = at the end of epochs only
     keep: int = 3
+    checkpoint_errors: str = "warn"
     resume: str | None = None  # "" = from `checkpoint`
     export: str | None = None
     metrics: str | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline import schedules
 from pipeline.actions import Op
+from pipeline.archive import Archive
 from pipeline.assemble import make_stage, tie_of
 from pipeline.calendar import Calendar
 from pipeline.errors import UserError
@@ -173,6 +174,7 @@ class Trainer:
         self.batches = 0  # that have gone through
         self.over = False  # whether the job has ended without this rank
         self.saver = 0  # the pipeline that writes checkpoints
+        self.archive = Archive(self.settings, world)
         self.reducer = self._make_reducer()
         self.rate = make_learning_rate(self.settings, updates_per_epoch=self.calendar.updates_per_epoch)
         self.clock = self._make_clock()
@@ -413,11 +415,19 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint: the stages of one pipeline, whose weights are those of every pipeline."""
-        from pipeline import checkpoint  # a quarter of all that is imported: only where it is used
-
         journal = self.journal.state() if self.journal is not None else None
-        if self.saver != self.world.pipeline or self.settings.checkpoint is None:
-            return
+        if self.settings.checkpoint is not None:
+            self.by_saver(lambda: self._save(journal))
+
+    def by_saver(self, write: Callable[[], None]) -> None:
+        """`write` on all stages of the pipeline that writes; called by all pipelines."""
+        if self.saver == self.world.pipeline:
+            write()
+
+    def may_write(self) -> None:
+        """Raises `Fenced` where this pipeline may not write for the others any more; all its stages call this."""
+
+    def _save(self, journal: dict[str, Any] | None) -> None:
         updates = self.calendar.updates_after(self.batches)
         values = {
             "batches": self.batches,
@@ -428,15 +438,9 @@ class Trainer:
             "partition": list(self.plan.counts),
             "journal": self.world.from_last_stage(journal),
         }
-        folder = checkpoint.save(
-            self.settings.checkpoint,
-            updates,
-            tensors=self.states.tensors(),
-            values=values,
-            keep=self.settings.keep,
-            group=self.world.pipeline_group(),
-        )
-        if self.world.control is not None and self.position == 0:
+        tensors, group = self.states.tensors(), self.world.pipeline_group()
+        folder = self.archive.save(updates, tensors=tensors, values=values, group=group, ask=self.may_write)
+        if folder is not None and self.world.control is not None and self.position == 0:
             self.world.control.publish("last checkpoint", str(folder))
 
     def _data_values(self) -> dict[str, int]:

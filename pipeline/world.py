@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import socket
 import sys
 from collections import Counter
@@ -138,6 +139,7 @@ class World:
     def __init__(self, me: Identity, placement: Placement, *, timeout_s: float, control: Channel | None = None) -> None:
         self.identity, self.placement, self.timeout_s = me, placement, timeout_s
         self.rank, self.size = me.rank, me.size
+        self.job = secrets.token_hex(8)  # the same on all ranks only where pipelines may be lost
         self.local_rank, self.local_size = me.local_rank, me.local_size
         self.host, self.launcher, self.mpi = me.host, me.launcher, me.mpi
         self.num_stages, self.num_pipelines = placement.num_stages, placement.num_pipelines
@@ -296,6 +298,25 @@ class World:
             whole = everyone.Get_size() == self.num_stages and everyone.Get_rank() == self.stage
             self._communicator = everyone if whole else everyone.Split(self.pipeline, self.stage)
         return self._communicator if self._communicator.Get_size() == self.num_stages else None
+
+    # --- who writes for all
+
+    @property
+    def outlives_this(self) -> bool:
+        """Whether the job may go on when this process has ended."""
+        return False
+
+    def leads(self) -> bool:
+        """Whether this pipeline acts for all at the start."""
+        return self.pipeline == 0
+
+    def may_write(self) -> bool:
+        """Whether this pipeline is one of those that may come to write checkpoints."""
+        return self.pipeline == 0
+
+    def lives(self) -> tuple[int, Mapping[int, int]]:
+        """The generation of this pipeline, and those of all; without losses there is one."""
+        return 0, {}
 
     # --- values from and to others
 

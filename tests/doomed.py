@@ -5,6 +5,9 @@ FATES is JSON, pipeline -> where it is killed for good, in its first incarnation
     final        when it knows with whom to average at the end of a segment, and they know it too
     validation   at the beginning of its first validation
     giving       when one who joins while it trains asks for its state
+    saving       when its part of the last checkpoint of the run is written
+    exporting    when it is to export the weights
+    standing     stands still, for somebody to wake it, when its part of its first checkpoint is written
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 import tiny
 
+from pipeline import job
 from pipeline.elastic import ElasticTrainer
 
 
@@ -37,6 +41,7 @@ class Doomed:
     def install(self) -> None:
         trainer: Any = ElasticTrainer
         average, validate, provide = trainer._average, trainer._validate, trainer._provide
+        may_write, export = trainer.may_write, job._export
 
         def averaging(self_: ElasticTrainer, segment: int) -> None:
             if self.hits(self_, "final"):
@@ -54,7 +59,23 @@ class Doomed:
                 die()
             return provide(self_)
 
+        def writing(self_: ElasticTrainer) -> None:
+            if self.hits(self_, "saving") and self_.batches == self_.calendar.total_batches:
+                die()
+            if self.hits(self_, "standing"):
+                self._fates.clear()
+                self_.world.diary.note("stands", pid=os.getpid())
+                os.kill(os.getpid(), signal.SIGSTOP)
+            may_write(self_)
+
+        def exporting(trainer: Any, path: str) -> None:
+            if self.hits(trainer, "exporting"):
+                die()
+            export(trainer, path)
+
         trainer._average, trainer._validate, trainer._provide = averaging, validating, providing
+        trainer.may_write = writing
+        job._export = exporting
 
 
 if __name__ == "__main__":

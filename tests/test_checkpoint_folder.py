@@ -16,7 +16,7 @@ MINE = Writer("5f", run="aa", pipeline=0, generation=1, generations={0: 1, 1: 3}
 
 def save(directory: Path, step: int, writer: Writer, *, keep: int = 3, **more: object) -> Path:
     tensors = {"model.w": torch.full((8,), float(step))}
-    return checkpoint.save(directory, step, tensors=tensors, values={}, keep=keep, writer=writer, **more)
+    return checkpoint.save(directory, step, tensors=tensors, values={}, keep=keep, writer=lambda: writer, **more)
 
 
 def names(directory: Path) -> list[str]:
@@ -99,6 +99,6 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     for bad in (float("nan"), float("inf")):
         tensors = {"model.w": torch.tensor([1.0, bad]), "model.n": torch.tensor(3)}
         with pytest.raises(UserError, match=r"step 2: model\.w has numbers that are not finite"):
-            checkpoint.save(tmp_path, 2, tensors=tensors, values={}, writer=MINE, finite=tensors.keys())
-        checkpoint.save(tmp_path / "elsewhere", 2, tensors=tensors, values={}, writer=MINE, finite=["model.n"])
+            checkpoint.save(tmp_path, 2, tensors=tensors, values={}, writer=lambda: MINE, finite=tensors.keys())
+        checkpoint.save(tmp_path / "elsewhere", 2, tensors=tensors, values={}, writer=lambda: MINE, finite=["model.n"])
     assert find_latest(tmp_path) == good and names(tmp_path) == ["elsewhere", "latest", "step-00000001"]
