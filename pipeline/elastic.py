@@ -33,6 +33,7 @@ from pipeline.hetero import Profile
 from pipeline.journal import ElasticJournal
 from pipeline.metrics import run_name
 from pipeline.mixer import AsynchronousMixer, BlockingMixer, MeshReducer, NothingToMix, OverlappedMixer, mean_of
+from pipeline.patience import Patience
 from pipeline.reduce import NoReducer, Reducer
 from pipeline.report import RankReport
 from pipeline.segments import Segments
@@ -44,7 +45,6 @@ from pipeline.training import EVEN, RunPlan, Task, Trainer
 from pipeline.transport.protocol import Transport
 from pipeline.vector import StageVector
 
-COPY_AGAIN_S = 0.1  # between two attempts to copy a replica's state
 MOST_SPANS, MOST_POINTS = 4000, 10_000  # of a report: all values of a gather are one message to the coordinator
 
 
@@ -210,14 +210,29 @@ class ElasticTrainer(Trainer):
         if self.sync is not None and not self.sync.state():  # else it goes on from a checkpoint
             self.sync.begin(self._vector.read(), self._vector.weights)
         world.gather("serving", None, scope="stage", fold="nothing")
+        patience = self._patience()
         copied = False
         while not copied:
-            first = min(world.live_pipelines())
-            address = world.client.peers.get(first)  # None: it has been lost since
-            mine = first == world.pipeline or (address is not None and self._adopt(first, address) is not None)
+            refusal = self._copy_the_first()
             world.mesh.connect()
-            copied = world.gather("copied", mine, scope="all", fold="all")
+            copied = world.gather("copied", refusal is None, scope="all", fold="all")
+            if refusal is not None:
+                sleep(patience.pause_s(refusal, perf_counter()))
         self.executor.share_tied_weight(0)
+
+    def _copy_the_first(self) -> str | None:
+        """Takes over the state of the first pipeline that is live, if that is another one; why that was impossible."""
+        first = min(self.world.live_pipelines())
+        address = self.world.client.peers.get(first)
+        if first == self.world.pipeline:
+            return None
+        if address is None:
+            return f"pipeline {first} has been lost since"
+        adopted = self._adopt(first, address)
+        return adopted if isinstance(adopted, str) else None
+
+    def _patience(self) -> Patience:
+        return Patience("copying a replica's state", limit_s=self.world.timeout_s, began=perf_counter())
 
     def _rejoin(self) -> None:
         """Copies a live replica; when all stages have, the coordinator says where to go on.
@@ -231,21 +246,27 @@ class ElasticTrainer(Trainer):
         self.probe.begin_anew()
         self.segment, self.k = welcome.segment, welcome.k
         self.book.life = welcome.generation
-        while copied < self.segment < len(self.segments.stops):
-            copied = self._copy_a_replica()
+        if copied < self.segment < len(self.segments.stops):
+            self._copy_a_replica(of_segment=self.segment)
         self.executor.share_tied_weight(self.k * self.plan.microbatches)
         if self.journal is not None:
             self.journal.joined()
         self.world.diary.note("joined", segment=self.segment, k=self.k, generation=welcome.generation)
 
-    def _copy_a_replica(self) -> int:
-        """Takes over the state of whoever can give it; the segment it is of."""
+    def _copy_a_replica(self, *, of_segment: int = 0) -> int:
+        """Takes over the state of whoever can give it, in that segment or a later one; the segment it is of.
+
+        Raises:
+            PeerLate: nobody could, for as long as this process waits for a peer.
+        """
+        patience = self._patience()
         while True:
             giver, address = self.world.client.giver().result()
             copied = self._adopt(giver, address)
-            if copied is not None:
+            if isinstance(copied, int) and copied >= of_segment:
                 return copied
-            sleep(COPY_AGAIN_S)
+            refusal = f"pipeline {giver} is in segment {copied} still" if isinstance(copied, int) else copied
+            sleep(patience.pause_s(refusal, perf_counter()))
 
     def _run_segment(self) -> None:
         world, segment, began = self.world, self.segment, perf_counter()
@@ -394,22 +415,23 @@ class ElasticTrainer(Trainer):
         self.save()
 
     def _provide(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a joiner copies: everything between two updates."""
+        """What a joiner copies: everything between two updates, and between two forwards."""
         with self.guard:
             started = perf_counter()
-            live = self.states.tensors()
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+            tensors = self.stage.snapshot(self.states.tensors())
             values = {"states": self.states.values(), "segment": self.segment}
             paused_s = perf_counter() - started
         self.world.diary.note_state("gave", _of_stage(tensors), paused_s=paused_s, segment=values["segment"])
         return tensors, values
 
-    def _adopt(self, giver: int, address: str) -> int | None:
-        """Takes over a replica's state, bit for bit; the segment it was in. None when it cannot be had from there."""
+    def _adopt(self, giver: int, address: str) -> int | str:
+        """Takes over a replica's state, bit for bit; the segment it was in, or why it cannot be had from there."""
         try:
             tensors, values = self.world.mesh.pull_state(giver, address)
-        except (GroupBroken, PeerLost):
-            return None
+        except GroupBroken:
+            return f"pipeline {giver} went away"
+        except PeerLost as error:
+            return str(error)
         with self.guard:
             self.states.adopt(tensors, values["states"])
         self.world.diary.note_state("took", _of_stage(self.states.tensors()), giver=giver)

@@ -8,10 +8,11 @@ update(lr)                            applies them to the newest weights
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -194,6 +195,7 @@ class Stage:
         self.scaler = LossScaler(scale=scale, growth_interval=self.options.loss_scale_growth)
         self._deferred = _deferred(self.modules)
         self._statistics = _Statistics(self.modules) if self._recompute else None
+        self._still = RLock()  # held while running statistics are written, and while somebody copies them
         self.updates = 0
         self.skipped_updates = 0
         self._steps = self._compiled()
@@ -250,15 +252,16 @@ class Stage:
     def _forward_again(self, microbatch: int, entry: _InFlight) -> None:
         """Recomputes with the weights and random numbers of the first time; statistics are not counted twice."""
         assert self._statistics is not None
-        self._statistics.keep()
-        sums, self._sums = self._sums, _Sums()
-        with self.weights.installed(entry.version):
-            entry.outputs = self._compute(microbatch, entry)
-        self._sums = sums
-        self._statistics.restore()
+        with self._still:
+            self._statistics.keep()
+            sums, self._sums = self._sums, _Sums()
+            with self.weights.installed(entry.version):
+                entry.outputs = self._compute(microbatch, entry)
+            self._sums = sums
+            self._statistics.restore()
 
     def _compute(self, microbatch: int, entry: _InFlight) -> Tensors:
-        with self._autocast():
+        with self._still, self._autocast():
             outputs = self._chain(entry.inputs, microbatch)
             if self.criterion is None:
                 return outputs
@@ -343,8 +346,9 @@ class Stage:
         self.updates += 1
 
     def _commit(self) -> None:
-        for norm in self._deferred:
-            norm.commit()
+        with self._still:
+            for norm in self._deferred:
+                norm.commit()
 
     def _follow_newest(self) -> None:
         """Points the optimiser at the leaves of the newest version; its state is common to all versions."""
@@ -436,6 +440,17 @@ class Stage:
             if prefix + name not in self._aliases
         }
 
+    def snapshot(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies, on the CPU, of these tensors of a state, for another thread that keeps updates away meanwhile.
+
+        Running statistics are those between two forwards, which wait for no more than this small part of the copy.
+        """
+        named = ((prefix, name) for prefix, module in self.modules for name, _ in module.named_buffers())
+        statistics = {f"model.{prefix}{name}" for prefix, name in named} & live.keys()
+        with self._still:
+            copies = {name: _copy(live[name]) for name in statistics}
+        return {name: copies[name] if name in copies else _copy(tensor) for name, tensor in live.items()}
+
     def borrowed_state(self) -> dict[str, Tensor]:
         """Where to put a borrowed parameter when weights are loaded: 'model.' + its owner's name."""
         return {f"model.{loan.owner_name}": loan.leaf.detach() for loan in self.borrowed}
@@ -491,6 +506,10 @@ def _decay_groups(weights: Weights, decay_norm_and_bias: bool) -> list[dict[str,
     rest = [index for index, slot in enumerate(weights.slots) if len(slot.shape) > 1]
     groups: list[dict[str, Any]] = [{"slots": rest}, {"slots": flat, "weight_decay": 0.0}]
     return [group for group in groups if group["slots"]]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

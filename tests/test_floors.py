@@ -104,6 +104,7 @@ FLOORS = {
     "pipeline.mesh": 3,
     "pipeline.metrics": 3,
     "pipeline.optim": 3,
+    "pipeline.patience": 1,
     "pipeline.progress": 3,
     "pipeline.report": 3,
     "pipeline.rounds": 3,
