@@ -110,13 +110,15 @@ class Control:
                 f"the launcher did not confirm within {self._lost_s:g} s that the job is elastic"
             ) from None
 
-    def failed(self, message: str, *, secondary: bool) -> None:
+    def failed(self, message: str, *, secondary: bool, status: int | None = None) -> None:
         """Says why this process is about to end; `secondary`: only because another one went away.
+
+        `status`: what it will end with, which counts even if its end is long in coming, or comes otherwise.
 
         Returns when the launcher has noted it, so that it cannot learn of this process's end first.
         """
         try:
-            self._ask({"type": "failed", "message": message, "secondary": secondary}, NOTED_S)
+            self._ask({"type": "failed", "message": message, "secondary": secondary, "status": status}, NOTED_S)
         except Empty:
             raise ConnectionError(f"the launcher did not confirm rank {self._rank}'s error in {NOTED_S:g} s") from None
 

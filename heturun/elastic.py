@@ -1,6 +1,7 @@
 """What an elastic job survives: one `Outcome` per pipeline; events and times in, orders and a verdict out.
 
 a failure before "elastic" was said       the end of the job, as `outcome` has it
+      but: killed, or its host gone       of a job that is to be elastic: as below, the others begin without it
 after it: rank 4 of pipeline 2 fails      Tell the coordinator, at once
           why is known                    GiveUp the other ranks; the end of the job if too few pipelines go on
           all its ranks are closed        Gone; Restart, if that is allowed and somebody is left to copy from
@@ -149,7 +150,8 @@ class Fleet:
     Attributes:
         whole: all ranks as one, which is what counts until the job is elastic.
         coordinator: the pseudo-process, whether it was started or not.
-        elastic: the least number of replicas that the processes asked for; None while no loss is survivable.
+        least: the least number of replicas of a job that is to become elastic; None of one that never will.
+        elastic: what the processes asked for; None until they have begun, all of them.
         coordinated: whether the coordinator has published its address.
         losses: so far, in their order.
         end_by: when a pipeline that still runs is given up, since another has ended well.
@@ -160,6 +162,7 @@ class Fleet:
     whole: Outcome
     coordinator: Outcome
     rules: Rules
+    least: int | None = None
     elastic: int | None = None
     coordinated: bool = False
     losses: tuple[Loss, ...] = ()
@@ -167,19 +170,22 @@ class Fleet:
     stopped: bool = False
 
     @classmethod
-    def of(cls, pipelines: Sequence[Collection[int]], *, coordinator: int, rules: Rules) -> Fleet:
+    def of(
+        cls, pipelines: Sequence[Collection[int]], *, coordinator: int, rules: Rules, least: int | None = None
+    ) -> Fleet:
         """A job of which nothing is known yet, from the ranks of its pipelines."""
         return cls(
             pipelines=tuple(Pipeline(number, Outcome(tuple(ranks))) for number, ranks in enumerate(pipelines)),
             whole=Outcome(tuple(sorted(rank for ranks in pipelines for rank in ranks))),
             coordinator=Outcome((coordinator,)),
             rules=rules,
+            least=least,
         )
 
     def after(self, event: Event, now: float) -> Fleet:
         """What is known after one more event, which arrived at time `now`."""
         if isinstance(event, Elastic):
-            begins = self.elastic is None and not self.whole.complaints
+            begins = self.elastic is None and not self._at_fault.complaints
             return replace(self, elastic=event.min_replicas) if begins else self
         if isinstance(event, Published) and event.key == STOPPED:
             return replace(self, stopped=True)
@@ -200,17 +206,35 @@ class Fleet:
 
     def orders(self, now: float) -> tuple[Fleet, list[Order]]:
         """What is to be done now about pipelines that were lost, and the fleet after it."""
-        if self.elastic is None or self.coordinator.complaints:
+        if self.coordinator.complaints:
             return self, []
         fleet, orders = self._at(now), list[Order]()
         for pipeline in fleet.pipelines:
-            fleet, more = fleet._orders(pipeline.at(now), now)
-            orders += more
+            if fleet.elastic is not None or pipeline.number in fleet._excused:
+                fleet, more = fleet._orders(pipeline.at(now), now)
+                orders += more
         return fleet, orders
+
+    @property
+    def _excused(self) -> frozenset[int]:
+        """Pipelines that were lost before the job had begun, which begins without them."""
+        if self.elastic is not None or self.least is None:
+            return frozenset()
+        lost = {loss.pipeline for loss in self.losses}
+        return frozenset(p.number for p in self.pipelines if p.number in lost or p.outcome.ended_from_outside)
+
+    @property
+    def _at_fault(self) -> Outcome:
+        """The failures that end a job which has not begun."""
+        excused = {rank for number in self._excused for rank in self.pipelines[number].outcome.ranks}
+        if not excused:
+            return self.whole
+        return replace(self.whole, complaints=tuple(c for c in self.whole.complaints if c.rank not in excused))
 
     def _at(self, now: float) -> Fleet:
         """Once a pipeline has ended well, nothing is left to do for the others."""
-        if not any(pipeline.outcome.over and not pipeline.outcome.complaints for pipeline in self.pipelines):
+        ended_well = any(pipeline.outcome.over and not pipeline.outcome.complaints for pipeline in self.pipelines)
+        if self.elastic is None or not ended_well:
             return self
         end_by = min(self.end_by, now + END_S)
         late = f"it had not ended {END_S:g} s after the others" if now >= end_by else None
@@ -257,14 +281,15 @@ class Fleet:
     @property
     def wanted(self) -> int:
         """The least number of pipelines."""
-        return max(1, self.elastic or 1) if self.rules.min_replicas is None else self.rules.min_replicas
+        asked = self.least if self.elastic is None else self.elastic
+        return max(1, asked or 1) if self.rules.min_replicas is None else self.rules.min_replicas
 
     def verdict(self, now: float) -> Verdict | TooFew | None:
         """Why the job must end; None while it may go on."""
         if self._coordinator_failed:
             return self.coordinator.verdict(now) if now >= self._judged_at else None
         if self.elastic is None:
-            return self.whole.verdict(now)
+            return self._verdict_at_the_beginning(now)
         mistakes = (pipeline.outcome.mistake for pipeline in self.pipelines)
         mistake = next((found for found in mistakes if found is not None), None)
         if mistake is not None:
@@ -272,6 +297,14 @@ class Fleet:
         if self.left >= self.wanted or now < self._blamed_at:
             return None
         return TooFew(self.left, self.wanted, self.losses[0].verdict)
+
+    def _verdict_at_the_beginning(self, now: float) -> Verdict | TooFew | None:
+        verdict = self._at_fault.verdict(now)
+        if verdict is not None or not self.losses:
+            return verdict
+        if self.left < self.wanted:
+            return TooFew(self.left, self.wanted, self.losses[0].verdict)
+        return self.losses[0].verdict if self.closed else None  # the others have ended: it never was elastic
 
     @property
     def _blamed_at(self) -> float:
@@ -285,7 +318,8 @@ class Fleet:
     @property
     def _coordinator_failed(self) -> bool:
         """Whether it is the coordinator's failure that ends the job."""
-        first = self.whole.complaints[0].time if self.whole.complaints and self.elastic is None else inf
+        others = self._at_fault.complaints if self.elastic is None else ()
+        first = others[0].time if others else inf
         return bool(self.coordinator.complaints) and self.coordinator.complaints[0].time <= first
 
     @property
@@ -299,7 +333,9 @@ class Fleet:
         if self._coordinator_failed:
             return self._judged_at if now < self._judged_at else self.coordinator.look_again_at(now)
         if self.elastic is None:
-            return self.whole.look_again_at(now)
+            times = [self.pipelines[number].look_again_at(now) for number in self._excused]
+            times.append(self._at_fault.look_again_at(now))
+            return min((time for time in times if time is not None and time < inf), default=None)
         times = [pipeline.look_again_at(now) for pipeline in self.pipelines]
         times.append(self.end_by if now < self.end_by and not self.closed else None)
         times.append(self._blamed_at if self.left < self.wanted else None)
@@ -308,8 +344,9 @@ class Fleet:
     @property
     def over(self) -> bool:
         """Every rank of every pipeline has ended, for good if `orders` were asked for, and nothing failed."""
-        enough = self.elastic is None or self.left >= self.wanted
-        return self.closed and enough and not self.coordinator.complaints
+        enough = not self.losses if self.elastic is None else self.left >= self.wanted
+        judged = all(pipeline.lost or not pipeline.outcome.complaints for pipeline in self.pipelines)
+        return self.closed and enough and judged and not self.coordinator.complaints
 
     @property
     def closed(self) -> bool:

@@ -18,6 +18,7 @@ from heturun.outcome import (
     Event,
     Exited,
     Failed,
+    Joined,
     Lost,
     Output,
     Progress,
@@ -30,6 +31,7 @@ from heturun.porch import Porch, raise_file_limit
 
 SILENT_S = 5.0  # an agent's host that has not answered for so long is said to be silent
 LOOK_EVERY_S = 0.5
+WENT_AWAY = "the agent that ran it went away: it was killed, or its host was cut off"
 
 
 class Board:
@@ -196,12 +198,13 @@ class Hub:
         channel.close()
 
     def _serve_agent(self, channel: wire.Channel, ranks: tuple[int, ...], incarnation: int) -> None:
+        self._deliver(Joined(ranks, incarnation))  # before it can have anything to say
         with self._lock:
             self._agents[channel] = Served(ranks, incarnation)
             wanted = [rank for rank in ranks if (rank, incarnation) not in self._given_up]
             order = self._order if wanted else "stop"
         _send(channel, self._start(wanted, incarnation) if order is None else {"type": order})
-        why = "the agent that ran it went away: it was killed, or its host was cut off"
+        why = None
         while (message := channel.receive()) is not None:
             if message["type"] == "broken":
                 why = str(message["message"])
@@ -209,7 +212,7 @@ class Hub:
                 self._deliver(_event(message, incarnation))
         with self._lock:
             del self._agents[channel]
-        self._deliver(Lost(ranks, why, incarnation))
+        self._deliver(Lost(ranks, why or WENT_AWAY, incarnation, explained=why is not None))
 
     def _serve_process(self, channel: wire.Channel, rank: int, incarnation: int) -> None:
         self._mail.connected(rank, channel)
@@ -227,7 +230,7 @@ class Hub:
             elif kind == "progress":
                 self._deliver(Progress(rank, int(message["done"]), int(message["total"]), str(message["text"])))
             elif kind == "failed":
-                self._deliver(Failed(rank, str(message["message"]), bool(message["secondary"]), incarnation))
+                self._deliver(_failed(message, rank, incarnation))
                 _send(channel, {"type": "noted", "number": message["number"]})
 
 
@@ -241,6 +244,12 @@ def _send(channel: wire.Channel, message: wire.Message) -> None:
         channel.send(message)
     except OSError:
         return
+
+
+def _failed(message: wire.Message, rank: int, incarnation: int) -> Failed:
+    status = message.get("status")
+    known = None if status is None else int(status)
+    return Failed(rank, str(message["message"]), bool(message["secondary"]), incarnation, known)
 
 
 def _event(message: wire.Message, incarnation: int) -> Event:

@@ -30,7 +30,7 @@ from heturun.elastic import COORDINATOR, Fleet, GiveUp, Gone, Loss, Order, Rules
 from heturun.hub import Hub
 from heturun.mpi import Mpirun
 from heturun.mpi import environment as mpi_environment
-from heturun.outcome import Event, Lost, Output, Progress, Published, Signalled, Verdict, Wanted
+from heturun.outcome import Event, Joined, Lost, Output, Progress, Published, Signalled, Verdict, Wanted
 from heturun.plan import Plan
 from heturun.starters import Routes, Starter, Starters, choose, environment, find_routes, start_message, tied
 
@@ -44,21 +44,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StarterEnded(NamedTuple):
-    """mpirun, ssh or a local agent ended."""
+    """mpirun, ssh or a local agent ended; `status` as Popen has it."""
 
     running: Running
     status: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """A starter that was started, and its last words."""
+    """A starter that was started, and its last words. `told`: to end, by us."""
 
     starter: Starter
     process: subprocess.Popen[bytes]
     words: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+    told: bool = False
 
     def signal(self, number: int) -> None:
+        self.told = True
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
@@ -90,8 +92,10 @@ class Job:
         self.starters = Starters(plan, routes, mpirun, self.hub.port, folder)
         self.events: SimpleQueue[Event | StarterEnded] = SimpleQueue()
         ranks = [[process.rank for process in pipeline] for pipeline in plan.pipelines()]
-        self.fleet = Fleet.of(ranks, coordinator=plan.coordinator.rank, rules=rules)
+        self.fleet = Fleet.of(ranks, coordinator=plan.coordinator.rank, rules=rules, least=plan.least_replicas)
         self.running: list[Running] = []
+        self.speaking: set[tuple[int, int]] = set()  # ranks and incarnations whose agents may have more to say
+        self.ended: list[StarterEnded] = []  # starters that are believed when these have said it
         self.coordinator_started = self.stopping = False
         self.checkpoint: str | None = None
 
@@ -157,7 +161,7 @@ class Job:
             line = raw.decode(errors="replace").rstrip().strip("\0")
             if line.strip("-"):
                 running.words.append(line)
-        self.events.put(StarterEnded(running, _shell_status(running.process.wait())))
+        self.events.put(StarterEnded(running, running.process.wait()))
 
     def _until_something_ends_it(self) -> Verdict | TooFew | Signalled | None:
         """None when every process ended well."""
@@ -194,13 +198,30 @@ class Job:
         if isinstance(event, Signalled):
             return event
         if isinstance(event, StarterEnded):
-            event = self._left_alone(event)
-        if isinstance(event, Published) and event.key == CHECKPOINT:
+            self.ended.append(event)
+        else:
+            self._note(event)
+        self._believe_what_ended()
+        return None
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Joined):
+            self.speaking.update((rank, event.incarnation) for rank in event.ranks)
+        elif isinstance(event, Lost):
+            self.speaking.difference_update((rank, event.incarnation) for rank in event.ranks)
+        elif isinstance(event, Published) and event.key == CHECKPOINT:
             self.checkpoint = event.value
-        if isinstance(event, Wanted) and event.key == COORDINATOR:
+        elif isinstance(event, Wanted) and event.key == COORDINATOR:
             self._start_coordinator()
         self.fleet = self.fleet.after(event, time.monotonic())
-        return None
+
+    def _believe_what_ended(self) -> None:
+        """Starters whose agents have said all they had to say; this launcher may have slept, and not yet read it."""
+        for event in list(self.ended):
+            starter = event.running.starter
+            if not any((rank, starter.incarnation) in self.speaking for rank in starter.ranks):
+                self.ended.remove(event)
+                self.fleet = self.fleet.after(self._left_alone(event), time.monotonic())
 
     def _start_coordinator(self) -> None:
         """Once, when the first process asks for it."""
@@ -246,15 +267,21 @@ class Job:
         return verdict.message.splitlines() if verdict.message is not None else self.console.tail(verdict.rank)
 
     def _left_alone(self, ended: StarterEnded) -> Event:
-        """A starter that ended before its processes did: its own words are the error."""
+        """A starter that ended before its processes did: its own words are the error.
+
+        One that a signal ended, and not ours, has taken its processes along, even if its agents still ended them.
+        """
         starter, words = ended.running.starter, list(ended.running.words)
-        ranks = self.fleet.open(starter.ranks, starter.incarnation)
+        status = _shell_status(ended.status)
+        taken = ended.status < 0 and not ended.running.told
+        ranks = starter.ranks if taken else self.fleet.open(starter.ranks, starter.incarnation)
         unstarted = self.fleet.unstarted(ranks, starter.incarnation)
         when = "before its processes had started" if unstarted else "before its processes"
-        first = f"{starter.name} {_how(ended.status)} {when}"
+        first = f"{starter.name} {_how(status)} {when}"
         if words and self.fleet.elastic is not None:  # a line will do, for the job goes on
             first, words = f"{first}: {words[0]}", []
-        return Lost(ranks, "\n".join([f"{first}:", *words] if words else [first]), starter.incarnation)
+        text = "\n".join([f"{first}:", *words] if words else [first])
+        return Lost(ranks, text, starter.incarnation, status if taken else None)
 
     def _late(self) -> Verdict:
         missing = [str(self.plan.processes[rank]) for rank in self.fleet.missing]

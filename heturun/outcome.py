@@ -3,6 +3,7 @@
 rank 3 exits with 1, no word sent        primary: a failure of its own
 rank 1 says failed(..., secondary)       secondary: it lost its peer; wait SETTLE_S for the peer's own report
 rank 2 ended by mpirun or by us          secondary
+mpirun itself is killed                  primary: what it had started ended for that reason only
 the first primary failure wins; without one, the first secondary, when SETTLE_S have passed
 """
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 SETTLE_S = 1.5  # how long secondary failures wait for a primary one
 USERS_MISTAKE = 2  # the exit status
+SIGNALLED = 128  # a status above it: a signal ended the process
 EXIT_S = 2.0  # how long a rank that said why it fails is given to exit with its own status
 
 
@@ -58,20 +60,34 @@ class Closed(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A process says why it is about to end."""
+    """A process says why it is about to end, and with which status, for its end may be long in coming."""
 
     rank: int
     message: str
     secondary: bool
     incarnation: int = 0
+    status: int | None = None
+
+
+class Joined(NamedTuple):
+    """The agent of these ranks is there; what it has to say ends with `Lost`."""
+
+    ranks: tuple[int, ...]
+    incarnation: int = 0
 
 
 class Lost(NamedTuple):
-    """Ranks whose agent went away without a word, or that could not be started; `message` says what is known."""
+    """Ranks whose agent went away without a word, or that could not be started; `message` says what is known.
+
+    `status`: of the program that had started them, if a signal ended it, and thereby them. `explained`: nobody will
+    know more, so that there is nothing to wait for.
+    """
 
     ranks: tuple[int, ...]
     message: str
     incarnation: int = 0
+    status: int | None = None
+    explained: bool = True
 
 
 class Silent(NamedTuple):
@@ -111,12 +127,24 @@ class Signalled(NamedTuple):
 
 
 Event = (
-    Started | Output | Progress | Exited | Closed | Failed | Lost | Silent | Elastic | Published | Wanted | Signalled
+    Started
+    | Output
+    | Progress
+    | Exited
+    | Closed
+    | Failed
+    | Joined
+    | Lost
+    | Silent
+    | Elastic
+    | Published
+    | Wanted
+    | Signalled
 )
 
 
 class Verdict(NamedTuple):
-    """The first real failure: its exit status, None when it did not exit by itself; and its own words, if any."""
+    """The first real failure: its exit status, None when none is known; and its own words, if any."""
 
     rank: int
     exited: int | None
@@ -124,12 +152,18 @@ class Verdict(NamedTuple):
 
 
 class Complaint(NamedTuple):
-    """A sign of failure: when, whose, in what words, and whether it only follows from another failure."""
+    """A sign of failure: when, whose, in what words, and whether it only follows from another failure.
+
+    `status`: what the rank said that it would end with, or what ended its starter. `said`: by the rank itself.
+    """
 
     time: float
     rank: int
     message: str | None
     secondary: bool
+    status: int | None = None
+    said: bool = False
+    explained: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,32 +175,46 @@ class Outcome:
     exits: Mapping[int, int] = field(default_factory=dict)
     complaints: tuple[Complaint, ...] = ()
     closed: frozenset[int] = frozenset()
+    killed: frozenset[int] = frozenset()  # those among the exits that were told to end
 
     def after(self, event: Event, now: float) -> Outcome:
         """The outcome with one more event, which arrived at time `now`; events of other ranks change nothing."""
         if isinstance(event, Lost):
             return self._lost(event, now)
-        if isinstance(event, Silent | Signalled) or event.rank not in self.ranks:
+        if isinstance(event, Silent | Signalled | Joined) or event.rank not in self.ranks:
             return self
         if isinstance(event, Started):
             return replace(self, started=self.started | {event.rank})
         if isinstance(event, Closed):
             return replace(self, closed=self.closed | {event.rank})
         if isinstance(event, Failed):
-            return self._complained(now, event.rank, event.message, event.secondary)
+            complaint = Complaint(now, event.rank, event.message, event.secondary, event.status, said=True)
+            return self._complained(complaint)
         if isinstance(event, Exited):
-            known = replace(self, exits={**self.exits, event.rank: event.status}, started=self.started | {event.rank})
-            return known if event.status == 0 else known._complained(now, event.rank, None, event.killed)
+            return self._exited(event, now)
         return self
 
-    def _lost(self, event: Lost, now: float) -> Outcome:
-        ranks = [rank for rank in event.ranks if rank in self.ranks and rank not in self.closed]
-        known = replace(self, closed=self.closed | frozenset(ranks))
-        unfinished = [rank for rank in ranks if rank not in self.exits]
-        return known._complained(now, unfinished[0], event.message, True) if unfinished else known
+    def _exited(self, event: Exited, now: float) -> Outcome:
+        rank = event.rank
+        known = replace(self, exits={**self.exits, rank: event.status}, started=self.started | {rank})
+        if event.killed:
+            known = replace(known, killed=self.killed | {rank})
+        return known if event.status == 0 else known._complained(Complaint(now, rank, None, event.killed))
 
-    def _complained(self, now: float, rank: int, message: str | None, secondary: bool) -> Outcome:
-        return replace(self, complaints=(*self.complaints, Complaint(now, rank, message, secondary)))
+    def _lost(self, event: Lost, now: float) -> Outcome:
+        ranks = [rank for rank in event.ranks if rank in self.ranks]
+        known = replace(self, closed=self.closed | frozenset(ranks))
+        if event.status is not None:  # whatever became of them by then, unless they ended by themselves
+            victims = [rank for rank in ranks if rank not in self.exits or rank in self.killed]
+        else:
+            victims = [rank for rank in ranks if rank not in self.exits and rank not in self.closed]
+        if not victims:
+            return known
+        complaint = Complaint(now, victims[0], event.message, event.status is None, event.status)
+        return known._complained(complaint._replace(explained=event.explained))
+
+    def _complained(self, complaint: Complaint) -> Outcome:
+        return replace(self, complaints=(*self.complaints, complaint))
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -180,10 +228,11 @@ class Outcome:
 
     @property
     def mistake(self) -> Verdict | None:
-        """The first rank that ended with status 2, which means a mistake of the user's."""
+        """The first rank that ended with status 2, or said that it would, which means a mistake of the user's."""
         for complaint in self.complaints:
             rank = complaint.rank
-            if not complaint.secondary and complaint.message is None and self.exits[rank] == USERS_MISTAKE:
+            status = self.exits[rank] if complaint.message is None else complaint.status
+            if not complaint.secondary and status == USERS_MISTAKE:
                 return Verdict(rank, USERS_MISTAKE, self._words(rank, None))
         return None
 
@@ -195,7 +244,7 @@ class Outcome:
         rank = chosen.rank
         if self._may_exit(rank) and chosen.message is not None and now < chosen.time + EXIT_S:
             return None
-        return Verdict(rank, self.exits.get(rank), self._words(rank, chosen.message))
+        return Verdict(rank, self._status(rank), self._words(rank, chosen.message))
 
     def look_again_at(self, now: float) -> float | None:
         """When time alone turns the complaints into a verdict."""
@@ -217,9 +266,33 @@ class Outcome:
         """The first primary complaint; without one, in time, the first."""
         if self.primary is not None:
             return self.primary
-        if self.complaints and (self.over or now >= self.complaints[0].time + SETTLE_S):
+        known = self.over and all(complaint.explained for complaint in self.complaints)
+        if self.complaints and (known or now >= self.complaints[0].time + SETTLE_S):
             return self.complaints[0]
         return None
+
+    @property
+    def ended_from_outside(self) -> bool:
+        """Whether these ranks did nothing wrong: a signal ended the first of them, or its host went away."""
+        if self.primary is not None:
+            return self._taken(self.primary.rank)
+        return any(self._taken(complaint.rank) for complaint in self.complaints)
+
+    def _taken(self, rank: int) -> bool:
+        """Whether a rank that had started was ended by a signal or lost, and had not said that it would fail."""
+        own = any(c.said and not c.secondary for c in self.complaints if c.rank == rank)
+        by_signal = self.exits.get(rank, 0) > SIGNALLED and rank not in self.killed
+        ended = any(c.status is not None and not c.said for c in self.complaints if c.rank == rank)  # its starter
+        lost = rank in self.closed and rank not in self.exits
+        return rank in self.started and not own and (by_signal or ended or lost)
+
+    def _status(self, rank: int) -> int | None:
+        """What a rank said that it would end with, else how it ended by itself, else what ended it."""
+        own = [c for c in self.complaints if c.rank == rank and c.status is not None]
+        if rank in self.exits and rank not in self.killed and not any(c.said and not c.secondary for c in own):
+            return self.exits[rank]
+        said = sorted(own, key=lambda c: c.secondary)
+        return said[0].status if said else self.exits.get(rank)
 
     def _may_exit(self, rank: int) -> bool:
         """Whether the status of a rank may yet come."""

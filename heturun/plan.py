@@ -110,7 +110,12 @@ class Plan:
     @property
     def lost_s(self) -> int:
         """After how much silence a host counts as gone: an elastic job waits longer, for the cable may come back."""
-        return OUTAGE_S if len(self.pipelines()) > 1 and is_elastic(self.command) else LOST_S
+        return OUTAGE_S if self.least_replicas is not None else LOST_S
+
+    @property
+    def least_replicas(self) -> int | None:
+        """How few pipelines an elastic job goes on with if the launcher's user does not say; None of any other."""
+        return least_replicas(self.command) if len(self.pipelines()) > 1 and is_elastic(self.command) else None
 
     def worlds(self) -> tuple[tuple[Process, ...], ...]:
         """The MPI worlds: one per pipeline, its ranks are the stages; without a layout one of all processes."""
@@ -183,6 +188,12 @@ def layout_of(command: Sequence[str], *, directory: Path) -> Placement | None:
 def is_elastic(command: Sequence[str]) -> bool:
     """Whether the command asks for replicas that may be lost and come back."""
     return any(word in ELASTIC for word in command)
+
+
+def least_replicas(command: Sequence[str]) -> int:
+    """What an elastic command's own `--min-replicas` says, else 1; a wrong one is the command's to complain of."""
+    given = _option(command, "--min-replicas")
+    return int(given) if given is not None and given.isdecimal() else 1
 
 
 def on_cluster(placement: Placement, cluster: Cluster, *, own_names: Collection[str]) -> Placement:

@@ -56,6 +56,7 @@ class ElasticWorld(World):
         self.stats = MixStats()
         self.diary = Diary.of(pipeline=self.pipeline, stage=self.stage, incarnation=self.incarnation)
         self.welcome = Welcome(generation=0, late=False, segment=0, k=0)
+        self._leader = 0  # the lowest rank of those that began; known after connect()
         self.lost: list[int] = []  # pipelines, in the order of their losses
         self._segment = -1  # the start
         self._calls: Counter[str] = Counter()
@@ -91,9 +92,14 @@ class ElasticWorld(World):
         self.welcome = self.client.hello()
         self.diary.note("welcome", late=self.welcome.late)
         self.late = self.welcome.late
+        self._leader = self._rank_of(min(self.client.live, default=0), 0)  # pipeline 0 may have been lost before
         self.tell_mesh()
         if self.control is not None:
             self.control.elastic(self.settings.min_replicas)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == self._leader
 
     @property
     def link(self) -> Link:
@@ -253,9 +259,11 @@ class ElasticWorld(World):
         """The value of the lowest rank that is there; one who joins later gets what was agreed then."""
         zero: Any = None
         if not self.late:
-            box = self.gather("from zero", [value] if self.rank == 0 else None, scope="all", fold="given")
+            box = self.gather("from zero", [value] if self.leads else None, scope="all", fold="given")
             if box is None:
-                raise PeerLost("rank 0 was lost before it could say what all must know; start the job again")
+                raise PeerLost(
+                    f"rank {self._leader} was lost before it could say what all must know; start the job again"
+                )
             (zero,) = box
         agreed: T = self.agree("from zero", zero)
         return agreed

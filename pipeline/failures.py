@@ -68,7 +68,7 @@ def is_secondary(error: BaseException) -> bool:
 
 
 def _end(control: Channel | None, printed: str, reported: str, *, status: int, secondary: bool) -> None:
-    _report(control, reported, secondary=secondary)
+    _report(control, reported, secondary=secondary, status=status)
     sys.stdout.flush()
     sys.stderr.write(printed)
     sys.stderr.flush()
@@ -76,12 +76,12 @@ def _end(control: Channel | None, printed: str, reported: str, *, status: int, s
     raise SystemExit(status)
 
 
-def _report(control: Channel | None, message: str, *, secondary: bool) -> None:
+def _report(control: Channel | None, message: str, *, secondary: bool, status: int) -> None:
     """Tells the launcher; if it cannot be reached, says so, because the error itself still has to be printed."""
     try:
         channel = control if control is not None else control_channel()
         if channel is not None:
-            channel.failed(message, secondary=secondary)
+            channel.failed(message, secondary=secondary, status=status)
     except (OSError, EOFError, ValueError) as error:
         sys.stderr.write(f"warning: the launcher could not be told of this error: {error}\n")
 

@@ -167,6 +167,11 @@ class World:
         return self.stage == self.num_stages - 1
 
     @property
+    def leads(self) -> bool:
+        """Whether this rank's is the value that `broadcast_from_zero` hands to all."""
+        return self.rank == 0
+
+    @property
     def hosts_of_pipeline(self) -> list[str]:
         """The host of each stage of this pipeline; before `connect`, as the layout names them."""
         return [self._hosts[self._rank_of(self.pipeline, stage)] for stage in range(self.num_stages)]

@@ -2,6 +2,7 @@
 
 FATES is JSON, pipeline -> where it is killed for good, in its first incarnation and on its last stage:
 
+    hello        before it has said hello to the coordinator
     final        when it knows with whom to average at the end of a segment, and they know it too
     validation   at the beginning of its first validation
     giving       when one who joins while it trains asks for its state
@@ -22,6 +23,7 @@ import tiny
 
 from pipeline import job
 from pipeline.elastic import ElasticTrainer
+from pipeline.elastic_world import ElasticWorld
 
 
 def die() -> None:
@@ -40,6 +42,15 @@ class Doomed:
 
     def install(self) -> None:
         trainer: Any = ElasticTrainer
+        world: Any = ElasticWorld
+        connect = world.connect
+
+        def connecting(self_: ElasticWorld) -> None:
+            if self_.is_last_stage and not self_.incarnation and self._fates.get(str(self_.pipeline)) == "hello":
+                die()
+            connect(self_)
+
+        world.connect = connecting
         average, validate, provide = trainer._average, trainer._validate, trainer._provide
         may_write, export = trainer.may_write, job._export
 

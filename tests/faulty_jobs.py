@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.faults import Entry as Entry  # noqa: E402
 from bench.faults import FaultyJob  # noqa: E402
+from heturun.plan import ELASTIC  # noqa: E402
 
 PAUSE_S = 0.01  # before every forward and every backward
 STEP_S = 2 * PAUSE_S
@@ -45,6 +46,7 @@ def tiny_job(
     if fates is not None:
         program = [str(ROOT / "tests" / "doomed.py"), json.dumps(fates)]
     command = [*program, str(folder), json.dumps(values), json.dumps(task)]
+    command += [flag for flag in ELASTIC if settings.get(flag[2:].replace("-", "_"))]  # for the launcher to see
     return FaultyJob(
         folder,
         stages=stages,

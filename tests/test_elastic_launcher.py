@@ -37,9 +37,9 @@ both_launchers = pytest.mark.parametrize("launcher", ["local", pytest.param("mpi
 class Told:
     """A fleet, and the orders it has given."""
 
-    def __init__(self, *, pipelines: int = 2, elastic: int | None = 1, **rules: int) -> None:
+    def __init__(self, *, pipelines: int = 2, elastic: int | None = 1, least: int | None = None, **rules: int) -> None:
         ranks = [(2 * i, 2 * i + 1) for i in range(pipelines)]
-        self.fleet = Fleet.of(ranks, coordinator=2 * pipelines, rules=Rules(**rules))
+        self.fleet = Fleet.of(ranks, coordinator=2 * pipelines, rules=Rules(**rules), least=least)
         self.orders: list[Order] = []
         for rank in range(2 * pipelines):
             self.at(0.0, Started(rank))
@@ -68,6 +68,49 @@ def test_before_a_job_is_elastic_every_failure_ends_it() -> None:
     assert told.verdict(1.0) == Verdict(2, 137, None)
     told.at(1.1, Elastic(0, 1))
     assert told.verdict(1.1) == Verdict(2, 137, None)
+
+
+def test_a_pipeline_that_is_killed_before_all_have_begun_is_left_out() -> None:
+    told = Told(elastic=None, least=1)
+    verdict = Verdict(2, 137, None)
+    assert told.at(1.0, *ends(2, 137)) == [Tell(1, 0, "a process ended"), GiveUp(1, 0, verdict, 1)]
+    assert told.at(1.1, Failed(3, "rank 2 went away", secondary=True), *ends(3, 1)) == [Gone(1, 0)]
+    assert told.verdict(9.0) is None
+    told.at(9.0, Elastic(0, 1), *ends(0), *ends(1))
+    assert told.fleet.elastic == 1
+    assert told.fleet.over
+    cut_off = Told(elastic=None, least=1)
+    assert cut_off.at(1.0, Silent((2, 3), True))[0] == Tell(1, 0, CUT_OFF)
+    assert cut_off.verdict(9.0) is None
+
+
+def test_before_all_have_begun_a_failure_of_a_processs_own_ends_the_job_which_would_meet_all() -> None:
+    own = Told(elastic=None, least=1)
+    assert own.at(1.0, *ends(2, 1), *ends(3, 143, killed=True)) == []
+    assert own.verdict(1.0) == Verdict(2, 1, None)
+    after_a_loss = Told(elastic=None, least=1, pipelines=3)
+    after_a_loss.at(1.0, *ends(2, 137))
+    after_a_loss.at(2.0, Failed(4, "ImportError", secondary=False), *ends(4, 1))
+    assert after_a_loss.verdict(2.0) == Verdict(4, 1, "ImportError")
+
+
+def test_too_few_pipelines_are_an_error_before_they_have_begun_too() -> None:
+    told = Told(elastic=None, least=2)
+    told.at(1.0, *ends(2, 137))
+    assert told.verdict(1.0) == TooFew(1, 2, Verdict(2, 137, None))
+    allowed = Told(elastic=None, least=2, min_replicas=1, max_restarts=1)
+    allowed.at(1.0, *ends(2, 137))
+    assert allowed.at(1.1, *ends(3, 143, killed=True)) == [Gone(1, 0), Restart(1, 1)]
+    allowed.at(2.0, Started(2, 1), Started(3, 1), *ends(3, 1, 1))
+    assert allowed.verdict(2.0) is None
+
+
+def test_a_job_whose_processes_never_said_that_it_is_elastic_does_not_end_well_after_a_loss() -> None:
+    told = Told(elastic=None, least=1)
+    told.at(1.0, *ends(2, 137), *ends(3, 143, killed=True))
+    told.at(2.0, *ends(0), *ends(1))
+    assert not told.fleet.over
+    assert told.verdict(2.0) == Verdict(2, 137, None)
 
 
 def test_a_killed_rank_costs_its_pipeline_and_the_others_end_well() -> None:

@@ -32,6 +32,17 @@ def test_a_killed_stage_takes_its_pipeline_with_it_and_the_others_end_well(tmp_p
         assert not job.processes()
 
 
+def test_a_job_begins_without_a_pipeline_that_dies_before_it_has_said_hello(tmp_path: Path) -> None:
+    fates = {0: "hello"}  # the pipeline of rank 0, who measures the blocks for all where it is there
+    with tiny_job(tmp_path, stages=2, pipelines=2, epoch_s=0.5, fates=fates, preduce=True, partition=None) as job:
+        assert job.finish(within_s=PATIENCE_S) == 0, job.text()
+        lost = "rank 1 (localhost, stage 1, pipeline 0) was ended by signal 9 (SIGKILL)"
+        assert f"heturun: pipeline 0 is lost: {lost}" in job.text()
+        assert job.tail(1) == f"heturun: the job ended well, though it lost pipeline 0 ({lost})"
+        assert job.entries("update", pipeline=1)
+        assert not job.processes()
+
+
 def test_a_job_that_has_lost_all_replicas_says_so_and_names_the_last_checkpoint(tmp_path: Path) -> None:
     options = {"checkpoint": str(tmp_path / "ck"), "checkpoint_every": 20, "local_sgd": True}
     with tiny_job(tmp_path, pipelines=2, epoch_s=LONG_S, **options) as job:

@@ -12,7 +12,7 @@ from heturun_jobs import ROOT, clean_environment, heturun
 
 from heturun.__main__ import main
 from heturun.cluster import Cluster, Node, load_cluster, this_machine
-from heturun.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started
+from heturun.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started, Verdict
 from heturun.plan import common_environment, layout_of, on_cluster, plan_job
 from pipeline.errors import UserError
 from pipeline.placement import Placement, rcpu, rgpu
@@ -293,3 +293,33 @@ def test_a_deleted_working_directory_is_said_in_one_line(
     gone.rmdir()
     assert main(["-w", "1", "--dry-run", "true"]) == 2
     assert "working directory was deleted" in capsys.readouterr().err
+
+
+def test_a_rank_that_said_its_status_need_not_have_ended_for_it_to_count() -> None:
+    mistake = (0.0, Failed(0, "--lr x: expected a number", secondary=False, status=2))
+    waited = after(mistake)
+    assert waited.verdict(EXIT_S - 0.1) is None
+    assert waited.verdict(EXIT_S) == Verdict(0, 2, "--lr x: expected a number")
+    assert waited.mistake == waited.verdict(EXIT_S)
+    killed = after(mistake, (0.5, Exited(0, 143, killed=True)))
+    crashed = after(mistake, (0.5, Exited(0, 139, killed=False)))  # a library that ends badly
+    assert killed.verdict(0.5) == crashed.verdict(0.5) == waited.verdict(EXIT_S)
+
+
+def test_a_starter_that_a_signal_ended_is_the_cause_of_what_it_had_started() -> None:
+    ends = [(0.1, Exited(rank, 143, killed=True)) for rank in (0, 1)]
+    closed = [(0.2, Closed(rank)) for rank in (0, 1)]
+    reason = "mpirun was ended by signal 9 (SIGKILL) before its processes"
+    outcome = after(*ends, *closed, (0.3, Lost((0, 1), reason, status=137)))
+    assert outcome.verdict(0.3) == Verdict(0, 137, reason)
+    well = after(*[(0.1, Exited(rank, 0, killed=False)) for rank in (0, 1)], (0.3, Lost((0, 1), reason, status=137)))
+    assert well.verdict(9.0) is None
+
+
+def test_an_agent_that_went_away_without_a_word_waits_for_what_is_known_of_it() -> None:
+    gone = (0.1, Lost((0,), "the agent went away", explained=False))
+    started = (0.0, Started(0))
+    assert after(started, gone, size=1).verdict(0.1) is None
+    assert after(started, gone, size=1).verdict(0.1 + SETTLE_S) == Verdict(0, None, "the agent went away")
+    reason = "agent on localhost was ended by signal 9 (SIGKILL) before its processes"
+    assert after(started, gone, (0.2, Lost((0,), reason, status=137)), size=1).verdict(0.2) == Verdict(0, 137, reason)

@@ -241,6 +241,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.failures: list[tuple[str, bool]] = []
+        self.statuses: list[int | None] = []
         self.shown: list[tuple[int, int, str]] = []
 
     def publish(self, key: str, value: str) -> None:
@@ -252,8 +253,9 @@ class Launcher:
     def progress(self, done: int, total: int, text: str) -> None:
         self.shown.append((done, total, text))
 
-    def failed(self, message: str, *, secondary: bool) -> None:
+    def failed(self, message: str, *, secondary: bool, status: int | None = None) -> None:
         self.failures.append((message, secondary))
+        self.statuses.append(status)
 
 
 def test_the_launcher_learns_whose_fault_it_was() -> None:
@@ -264,6 +266,7 @@ def test_the_launcher_learns_whose_fault_it_was() -> None:
     assert launcher.failures[0] == ("--x 3: expected 4", False)
     assert [secondary for _, secondary in launcher.failures] == [False, True, False]
     assert launcher.failures[2][0].endswith("ValueError: a bug\n")
+    assert launcher.statuses == [2, 1, 1]
 
 
 def test_broken_connections_are_secondary_and_bugs_are_not() -> None:
@@ -323,7 +326,7 @@ FILES = """
                 time.sleep(0.01)
             return Path(key).read_text()
         def progress(self, done, total, text): pass
-        def failed(self, message, *, secondary): Path(f"failed-{secondary}").write_text(message)
+        def failed(self, message, *, secondary, status): Path(f"failed-{secondary}").write_text(message)
 
     control = Files()
     with report_failures(control):
