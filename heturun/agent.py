@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple
@@ -89,8 +90,9 @@ class Agent:
             "HETURUN_LOST_AFTER": str(self.lost_s),
             "HETURUN_ADDRESS": advertised_address(start["address"], start["interface"], self.channel.own_address),
         }
+        begin = partial(_begin, start.get("ignored", ()))
         for process in start["processes"]:
-            self._spawn(process, start["directory"], changes)
+            self._spawn(process, start["directory"], changes, begin)
         for child in self.children.values():  # threads only now: a fork beside running threads is unsafe
             threading.Thread(target=self._follow, args=(child,), daemon=True).start()
         listener = threading.Thread(target=self._obey, daemon=True)
@@ -143,7 +145,9 @@ class Agent:
         while time.monotonic() < deadline and any(c.process.poll() is None for c in self.children.values()):
             time.sleep(0.01)
 
-    def _spawn(self, spec: wire.Message, directory: str, changes: dict[str, str | None]) -> None:
+    def _spawn(
+        self, spec: wire.Message, directory: str, changes: dict[str, str | None], begin: Callable[[], None]
+    ) -> None:
         rank = int(spec["rank"])
         self.open.add(rank)
         try:
@@ -155,7 +159,7 @@ class Agent:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_die_at_once_with_parent,
+                preexec_fn=begin,
             )
         except OSError as error:
             self._refuse(rank, _why_not_started(error, spec["command"], directory))
@@ -276,8 +280,11 @@ def die_with_parent() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _die_at_once_with_parent() -> None:
+def _begin(ignored: Sequence[int]) -> None:
+    """For `preexec_fn`: a worker ends at once with its agent, and ignores what the launcher was told to ignore."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _sweep() -> None:
@@ -326,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     agent = Agent(channel, options.connect, key, lost_s=options.lost_after)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: agent.events.put(Order("signal")))
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:  # SIGTERM is ours: PDEATHSIG
+            signal.signal(number, lambda *_: agent.events.put(Order("signal")))
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # mpirun or the ssh session may end without a word
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     ranks = [int(rank) for rank in options.ranks.split(",")]

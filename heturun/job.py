@@ -33,6 +33,7 @@ from heturun.mpi import environment as mpi_environment
 from heturun.outcome import Event, Joined, Lost, Output, Progress, Published, Signalled, Verdict, Wanted
 from heturun.plan import Plan
 from heturun.starters import Routes, Starter, Starters, choose, environment, find_routes, start_message, tied
+from heturun.wire import Message
 
 START_S = 60.0  # for all processes to check in, unless --timeout says otherwise
 STOP_S = 3.5  # from "stop" to "kill"; agents themselves send SIGKILL 2 s after SIGTERM
@@ -87,7 +88,12 @@ class Job:
     ) -> None:
         self.plan, self.console, self.rules = plan, console, rules
         self.key = secrets.token_bytes(32)
-        start = start_message(plan, routes, {} if mpirun is None else mpi_environment())
+        told = start_message(plan, routes, {} if mpirun is None else mpi_environment())
+        ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+
+        def start(ranks: Sequence[int], incarnation: int) -> Message:
+            return {**told(ranks, incarnation), "ignored": ignored}
+
         self.hub = Hub(self.key, only_here=routes.only_here, lost_s=plan.lost_s, start=start, deliver=self.deliver)
         self.starters = Starters(plan, routes, mpirun, self.hub.port, folder)
         self.events: SimpleQueue[Event | StarterEnded] = SimpleQueue()
@@ -436,13 +442,15 @@ class _Signals:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Signals]:
+    """Those that are ignored, as SIGHUP is under nohup, stay ignored; Python calls a handler of C's None."""
     signals = _Signals()
-    before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signals.handle) for number in heard}
     try:
         yield signals
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

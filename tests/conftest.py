@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
 
 # The whole of a family of long tests, of which `make test` runs some: make test-all sets it.
 thorough = pytest.mark.skipif("HETURUN_THOROUGH" not in os.environ, reason="long; HETURUN_THOROUGH=1 runs it")

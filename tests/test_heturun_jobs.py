@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,24 @@ def test_a_signal_ends_everything(launcher: str, signum: signal.Signals) -> None
         running.process.send_signal(signum)
         assert running.finish(within_s=10) == 128 + signum
         assert running.left() == []
+
+
+@both_launchers
+def test_ignored_signals_stay_ignored_for_the_workers_too_as_under_nohup(launcher: str, tmp_path: Path) -> None:
+    code = (
+        "print('ready', os.getpid(), flush=True)\n"
+        f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.02)\n"
+        "print(*[signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)])"
+    )
+    ignoring = {"preexec_fn": partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)}
+    with job("--launcher", launcher, "-w", "1", code=code, **ignoring) as running:
+        running.wait_for_lines("ready", 1)
+        running.process.send_signal(signal.SIGHUP)
+        os.kill(int(running.lines[-1].split()[-1]), signal.SIGHUP)
+        (tmp_path / "go").touch()
+        assert running.finish(within_s=20) == 0, running.lines
+        assert running.left() == []
+    assert running.lines[-1] == "[localhost/0/0] True False False"
 
 
 @both_launchers
