@@ -450,5 +450,6 @@ def _common_plan(plan: RunPlan, task: Task) -> Plan:
         size=task.train.size,
         batch_size=settings.batch_size,
         microbatches=settings.num_microbatches,
+        least=plan.least,
         seed=settings.seed,
     )

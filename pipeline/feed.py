@@ -6,8 +6,8 @@
 
 Slice k of P * b samples is everybody's batch k: P pipelines with batch b see what one with batch P * b sees.
 The last slice may be short, but equally short on all pipelines, so that all make equally many updates. At
-most P - 1 samples of an epoch are left out (P * M - 1 where the rest is too short for M micro-batches), other
-ones in every epoch.
+most P - 1 samples of an epoch are left out (P * M - 1 where the rest is too short for M micro-batches, P * 2 M - 1
+where each needs two samples), other ones in every epoch.
 
 A sample is asked for by the key (epoch, index): loader workers that run ahead into the next epoch need not be
 told, and what a key gives depends on nothing but the key.
@@ -107,8 +107,8 @@ def _slice(order: Tensor, batch: int, batch_size: int, pipelines: int, pipeline:
 class Plan:
     """The training samples of one pipeline, by a batch number that never ends; see the picture above.
 
-    `batch_size` is per pipeline; every batch is cut into exactly `microbatches` parts whose sizes differ by
-    at most one, and micro-batch n is part n % M of batch n // M.
+    `batch_size` is per pipeline; every batch is cut into exactly `microbatches` parts of `least` samples or more
+    whose sizes differ by at most one, and micro-batch n is part n % M of batch n // M.
 
     Raises:
         UserError: too few samples for one batch of every pipeline, or a batch smaller than its micro-batches.
@@ -119,26 +119,49 @@ class Plan:
     pipelines: int = 1
     pipeline: int = 0
     microbatches: int = 1
+    least: int = 1
     seed: int = 0
     drop_last: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(batch_size=self.batch_size, microbatches=self.microbatches)
         _check_pipeline(self.pipeline, self.pipelines)
-        if self.batch_size < self.microbatches:
-            raise UserError(
-                f"a batch of {self.batch_size} cannot be cut into {self.microbatches} micro-batches; "
-                f"give --batch-size {self.microbatches} or more, or --microbatches {self.batch_size} or fewer"
-            )
+        if self.batch_size < self.microbatches * self.least:
+            raise UserError(self._too_small())
         if self.size < self.pipelines * self.batch_size:
             raise UserError(
                 f"{self.size} training samples are fewer than one batch of {self.batch_size} for each of "
                 f"{self.pipelines} pipelines; give more data, or a smaller --batch-size or fewer pipelines"
             )
 
+    def _too_small(self) -> str:
+        enough, fewer = self.microbatches * self.least, self.batch_size // self.least
+        cut = f"a batch of {self.batch_size} cannot be cut into {self.microbatches} micro-batches"
+        if self.least > 1:
+            cut += f" of {self.least} samples or more, without which BatchNorm has no variance"
+        remedy = f"give --batch-size {enough} or more"
+        return f"{cut}; {remedy}" + (f", or --microbatches {fewer} or fewer" if fewer else "")
+
+    @property
+    def shortest(self) -> int:
+        """Samples in the smallest micro-batch."""
+        lengths = [self.batch_length(batch) for batch in (0, self.batches_per_epoch - 1)]
+        return min(lengths) // self.microbatches
+
+    @property
+    def left_out(self) -> str:
+        """Which samples of an epoch nobody reads because a micro-batch of them would be too small; "" for none."""
+        count = self.size // self.pipelines - self.samples_per_epoch
+        if self.drop_last or self.least == 1 or not count:
+            return ""
+        return (
+            f"{count * self.pipelines} of {self.size} samples are left out of every epoch, others each time: "
+            f"they would make a micro-batch of fewer than {self.least}, without which BatchNorm has no variance"
+        )
+
     @property
     def batches_per_epoch(self) -> int:
-        least = 0 if self.drop_last else self.microbatches
+        least = 0 if self.drop_last else self.microbatches * self.least
         return _count_batches(self.size, self.pipelines * self.batch_size, self.pipelines, least)
 
     @property

@@ -33,10 +33,12 @@ from pipeline.journal import Journal
 from pipeline.metrics import run_name
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
+from pipeline.models.smallest import least_samples
 from pipeline.optim import make_learning_rate, optimizer_of
 from pipeline.reduce import GradientReducer, NoReducer, Reducer
 from pipeline.report import RankReport, peak_memory_bytes
 from pipeline.schedules import Schedule, Shape, find_schedule
+from pipeline.seeding import GENERATOR_LOCK
 from pipeline.settings import Settings, option
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
@@ -98,6 +100,7 @@ class RunPlan:
     shape: Shape
     calendar: Calendar
     tie: Tie | None
+    least: int = 1  # samples in a micro-batch
 
     @property
     def microbatches(self) -> int:
@@ -121,8 +124,12 @@ def plan_run(
         UserError: settings that contradict each other or the data.
         DeadlockError: programs that would wait for each other for ever.
     """
-    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0)
-    tie = tie_of(task.model, counts)
+    with GENERATOR_LOCK:  # blocks are built for a look at them
+        tie = tie_of(task.model, counts)
+        least = least_in_microbatch(settings, task, pipelines=pipelines)
+    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0, least=least)
+    if data.left_out:
+        say(data.left_out)
     calendar = Calendar(
         batches_per_epoch=data.batches_per_epoch,
         epochs=settings.epochs,
@@ -145,10 +152,18 @@ def plan_run(
     validate(schedule, shape, calendar.total_batches * settings.num_microbatches)
     if shape.norm and not schedule.flushes and shape.stages > 1:
         say(f"--pipeline {schedule.name} agrees on a norm at every update: stages wait for each other")
-    return RunPlan(settings=settings, counts=counts, schedule=schedule, shape=shape, calendar=calendar, tie=tie)
+    return RunPlan(
+        settings=settings, counts=counts, schedule=schedule, shape=shape, calendar=calendar, tie=tie, least=least
+    )
 
 
-def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int) -> Plan:
+def least_in_microbatch(settings: Settings, task: Task, *, pipelines: int) -> int:
+    """The fewest samples of a micro-batch: one, unless it came to that and the model cannot do with one."""
+    plans = [data_plan(settings, task.train.size, pipelines=n, pipeline=0) for n in {1, pipelines}]
+    return 1 if min(plan.shortest for plan in plans) > 1 else least_samples(task.model)
+
+
+def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int, least: int = 1) -> Plan:
     """Which samples which pipeline sees when."""
     return Plan(
         size=size,
@@ -156,6 +171,7 @@ def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int) -
         pipelines=pipelines,
         pipeline=pipeline,
         microbatches=settings.num_microbatches,
+        least=least,
         seed=settings.seed,
     )
 
@@ -169,7 +185,13 @@ class Trainer:
         self.settings, self.calendar = plan.settings, plan.calendar
         self.position, self.stages = world.stage, world.num_stages
         self.recorder = Recorder(pipeline=world.pipeline, stage=self.position, steps=self.settings.trace_steps)
-        self.data = data_plan(self.settings, task.train.size, pipelines=world.num_pipelines, pipeline=world.pipeline)
+        self.data = data_plan(
+            self.settings,
+            task.train.size,
+            pipelines=world.num_pipelines,
+            pipeline=world.pipeline,
+            least=plan.least,
+        )
         self.stage = self._make_stage()
         self.batches = 0  # that have gone through
         self.over = False  # whether the job has ended without this rank

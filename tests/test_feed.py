@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -34,13 +35,15 @@ from pipeline.feed import (
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Pipeline 0 of some plan."""
-    batch_size = draw(st.integers(1, 9))
+    least = draw(st.integers(1, 2))
+    batch_size = draw(st.integers(least, 9))
     pipelines = draw(st.integers(1, 5))
     return Plan(
         size=draw(st.integers(pipelines * batch_size, 150)),
         batch_size=batch_size,
         pipelines=pipelines,
-        microbatches=draw(st.integers(1, batch_size)),
+        microbatches=draw(st.integers(1, batch_size // least)),
+        least=least,
         seed=draw(st.integers(0, 3)),
         drop_last=draw(st.booleans()),
     )
@@ -65,8 +68,10 @@ def test_no_sample_is_seen_twice_in_an_epoch_and_only_the_documented_tail_is_lef
     if plan.drop_last:
         assert left_out == plan.size % global_batch
     else:
-        assert left_out < plan.pipelines * plan.microbatches
-        if (plan.size % global_batch) // plan.pipelines >= plan.microbatches:
+        least = plan.microbatches * plan.least
+        assert left_out < plan.pipelines * least
+        assert bool(plan.left_out) == (plan.least > 1 and left_out >= plan.pipelines)
+        if (plan.size % global_batch) // plan.pipelines >= least:
             assert left_out == plan.size % plan.pipelines
     assert len(seen) == plan.pipelines * plan.samples_per_epoch
 
@@ -92,7 +97,7 @@ def test_a_batch_is_cut_into_exactly_m_microbatches_that_are_nearly_equal_and_ne
     parts = [plan.microbatch_indices(batch, part) for part in range(plan.microbatches)]
     lengths = [len(part) for part in parts]
     assert [index for part in parts for index in part] == plan.indices(batch)
-    assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+    assert min(lengths) >= max(plan.least, plan.shortest) and max(lengths) - min(lengths) <= 1
     first = batch * plan.microbatches
     assert lengths == [plan.microbatch_length(first + part) for part in range(plan.microbatches)]
     cut = torch.tensor_split(torch.tensor(plan.indices(batch)), plan.microbatches)
@@ -109,7 +114,7 @@ def test_shard_lists_the_same_batches_as_the_plan(plan: Plan, epoch: int) -> Non
             pipeline=each.pipeline,
             batch_size=plan.batch_size,
             drop_last=plan.drop_last,
-            least=plan.microbatches,
+            least=plan.microbatches * plan.least,
         )
         assert [batch.tolist() for batch in batches] == epoch_of(each, epoch)
 
@@ -158,6 +163,11 @@ def test_validation_sees_every_sample_exactly_once_over_uneven_shards(
     [
         ({"size": 15}, "15 training samples are fewer than one batch of 8 for each of 2 pipelines"),
         ({"microbatches": 9}, "a batch of 8 cannot be cut into 9 micro-batches"),
+        (
+            {"least": 2, "microbatches": 5},
+            "into 5 micro-batches of 2 .* BatchNorm .* --batch-size 10 .* --microbatches 4",
+        ),
+        ({"least": 2, "batch_size": 1, "microbatches": 1}, "a batch of 1 .* give --batch-size 2 or more$"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"microbatches": 0}, "--microbatches is 0"),
         ({"pipeline": 2}, "pipeline 2 of 2 does not exist"),
@@ -342,3 +352,21 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
     last = run.stderr.strip().splitlines()[-1]  # torch may be waiting, or fetching a tensor, when the worker dies
     assert last.startswith("RuntimeError: ")
     assert "DataLoader worker" in last or "a process that reads data died" in last, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "microbatches", "said"),
+    [
+        (9, 4, 1, "1 of 9 samples are left out of every epoch, others each time: .* fewer than 2, .* BatchNorm"),
+        (11, 8, 2, "3 of 11 samples"),
+        (12, 8, 2, ""),
+    ],
+)
+def test_a_last_microbatch_of_one_is_left_out_where_the_model_needs_two(
+    size: int, batch_size: int, microbatches: int, said: str
+) -> None:
+    plan = Plan(size=size, batch_size=batch_size, microbatches=microbatches, least=2)
+    assert re.match(said, plan.left_out) if said else not plan.left_out
+    assert plan.shortest >= 2
+    seen = {index for epoch in range(30) for batch in epoch_of(plan, epoch) for index in batch}
+    assert seen == set(range(size)), "others each time"

@@ -25,6 +25,8 @@ from pipeline.models import (
     tie,
 )
 from pipeline.models.criterion import BertPretraining, Classification
+from pipeline.models.mlp import mlp
+from pipeline.models.smallest import least_samples
 
 
 def gathered(model: LayeredModel, cut: tuple[int, ...], seed: int) -> dict[str, Tensor]:
@@ -266,3 +268,19 @@ def test_the_loss_is_float32_under_autocast():
         loss, _ = criterion((scores,), (labels,), criterion.count((labels,)))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, criterion((scores.float(),), (labels,), criterion.count((labels,)))[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "least"),
+    [
+        (make_model("resnet18", num_classes=5, stem="cifar", image_size=8), 2),
+        (make_model("resnet18", num_classes=5, stem="cifar", image_size=16), 1),
+        (mlp(inputs=12, width=16, depth=2, num_classes=5, batchnorm=True), 2),
+        (mlp(inputs=12, width=16, depth=2, num_classes=5), 1),
+    ],
+    ids=["1 x 1", "2 x 2", "normalised", "plain"],
+)
+def test_one_sample_will_do_where_a_batchnorm_sees_several_values_of_it(model: LayeredModel, least: int) -> None:
+    before = torch.get_rng_state()
+    assert least_samples(model) == least
+    assert torch.equal(torch.get_rng_state(), before)

@@ -182,3 +182,14 @@ def test_the_next_stop_is_the_first_update_after_which_something_is_due(calendar
     ends = (calendar.batch_after(update) for update in range(begin + 1, calendar.total_updates + 1))
     due = (end for end in ends if calendar.validates(end) or calendar.checkpoints(end))
     assert calendar.next_stop(calendar.batch_after(begin)) == next(due, calendar.total_batches)
+
+
+def test_a_last_batch_of_one_sample_is_left_out_where_batchnorm_could_not_use_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, batchnorm, updates in (("with", True, 10), ("without", False, 12)):
+        run_here(tmp_path / name, microbatches=2, task={"batchnorm": batchnorm, "train_size": 43})
+        assert len(losses(tmp_path / name)) == updates, "43 = 5 * 8 + 3, which would be cut into 2 and 1"
+        assert ("3 of 43 samples are left out" in capsys.readouterr().out) == batchnorm
+    with pytest.raises(UserError, match=r"8 cannot be cut into 5 micro-batches of 2 .* --microbatches 4 or fewer"):
+        run_here(tmp_path, microbatches=5, task={"batchnorm": True})
