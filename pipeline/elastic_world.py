@@ -98,7 +98,7 @@ class ElasticWorld(World):
             self.control.elastic(self.settings.min_replicas)
 
     @property
-    def leads(self) -> bool:
+    def decides(self) -> bool:
         return self.rank == self._leader
 
     @property
@@ -259,7 +259,7 @@ class ElasticWorld(World):
         """The value of the lowest rank that is there; one who joins later gets what was agreed then."""
         zero: Any = None
         if not self.late:
-            box = self.gather("from zero", [value] if self.leads else None, scope="all", fold="given")
+            box = self.gather("from zero", [value] if self.decides else None, scope="all", fold="given")
             if box is None:
                 raise PeerLost(
                     f"rank {self._leader} was lost before it could say what all must know; start the job again"

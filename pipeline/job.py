@@ -114,7 +114,7 @@ def choose_cut(settings: Settings, task: Task, world: World, say: Say) -> tuple[
         return cut_points(task.model, settings.partition, rows)
     world.connect()
     found: Any = None
-    if world.leads and not world.late:
+    if world.decides and not world.late:
         found = _try(lambda: _balanced(settings, task, world, rows, bandwidth, say))
     found = world.broadcast_from_zero(found)
     if isinstance(found, UserError):

@@ -167,7 +167,7 @@ class World:
         return self.stage == self.num_stages - 1
 
     @property
-    def leads(self) -> bool:
+    def decides(self) -> bool:
         """Whether this rank's is the value that `broadcast_from_zero` hands to all."""
         return self.rank == 0
 
