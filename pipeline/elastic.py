@@ -45,8 +45,6 @@ from pipeline.training import EVEN, RunPlan, Task, Trainer
 from pipeline.transport.protocol import Transport
 from pipeline.vector import StageVector
 
-MOST_SPANS, MOST_POINTS = 4000, 10_000  # of a report: all values of a gather are one message to the coordinator
-
 
 class ElasticTrainer(Trainer):
     """One rank of such a job."""
@@ -106,13 +104,11 @@ class ElasticTrainer(Trainer):
             whole,
             mixing=mixing,
             bytes_sent=whole.bytes_sent + world.mesh.bytes_sent,
-            spans=whole.spans[-MOST_SPANS:],
         )
 
     def curve(self) -> list[tuple[float, float]]:
-        """Of whoever speaks, thinned if it is long."""
-        whole = super().curve() if self.journal is not None and self._speaks() else []
-        return whole[:: -(-len(whole) // MOST_POINTS) or 1]
+        """Of whoever speaks."""
+        return super().curve() if self.journal is not None and self._speaks() else []
 
     def _make_executor(self, **more: Any) -> Executor:
         self.sync = make_synchroniser(self.settings) if self.settings.elastic else None

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from heturun.wire import OUTAGE_S
-from pipeline.coordination import Client, JobRules, Welcome
+from pipeline.coordination import FRAME_BYTES, Client, JobRules, Welcome
 from pipeline.diary import Diary
 from pipeline.errors import CoordinatorLost, Fenced, PeerLost, TooFewReplicas
 from pipeline.meeting import choose_address, networks, open_store, pipeline_store
@@ -33,9 +33,21 @@ from pipeline.mesh import Mesh
 from pipeline.mixer import Link, MixStats
 from pipeline.settings import Settings
 from pipeline.sync import make_synchroniser
+from pipeline.thinning import fit
 from pipeline.world import World
 
 T = TypeVar("T")
+
+MESSAGE_BYTES = FRAME_BYTES - (16 << 10)  # of a value, beside its key and its numbers
+RECEIVED_BYTES = 32 << 20  # of the values of all workers, which the coordinator passes on as one message
+NEWEST = ("spans",)  # lists whose end is wanted when they are too long; else entries from all over
+
+
+def share_bytes(workers: int) -> int:
+    """How long the value may be that each of so many workers gives to one of them."""
+    return min(MESSAGE_BYTES, RECEIVED_BYTES // workers)
+
+
 MOST_WRITERS = 3  # pipelines that are ready to write for all: the lowest does, the others should it be lost
 
 
@@ -252,7 +264,8 @@ class ElasticWorld(World):
             dist.broadcast_object_list(box, src=self.num_stages - 1, device=torch.device("cpu"))
             theirs: T = box[0]
             return theirs
-        last: T = self.gather("from last", value if self.is_last_stage else None, scope="pipeline", fold="given")
+        mine = fit(value, MESSAGE_BYTES) if self.is_last_stage else None
+        last: T = self.gather("from last", mine, scope="pipeline", fold="given")
         return last
 
     def broadcast_from_zero(self, value: T) -> T:
@@ -269,9 +282,14 @@ class ElasticWorld(World):
         return agreed
 
     def gather_to_zero(self, value: T) -> list[T] | None:
-        """Every live rank's value, on the lowest of them."""
-        rows: dict[int, T] | None = self.gather("to zero", value, scope="all", fold="rows to first")
+        """Every live rank's value, on the lowest of them; long lists in it are thinned, for it must fit a message."""
+        mine = fit(value, share_bytes(self.size), newest=NEWEST)
+        rows: dict[int, T] | None = self.gather("to zero", mine, scope="all", fold="rows to first")
         return None if rows is None else [rows[rank] for rank in sorted(rows)]
+
+    def any_of(self, mine: bool) -> bool:
+        """Whether any rank says so, when all who are live have come."""
+        return bool(self.gather("any of", mine, scope="all", fold="any"))
 
     def barrier(self) -> None:
         if not self.late or self._segment >= 0:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -83,7 +83,7 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
         try:
             if not trainer.over:
                 export(trainer)
-                finish(trainer, say)
+                finish(trainer)
         except Fenced:  # so late that the others have ended without it
             pass
     world.close()
@@ -197,21 +197,31 @@ def _export(trainer: Trainer, path: str) -> None:
         trainer.archive.export_failure = f"--export {path}: {error}"
 
 
-def finish(trainer: Trainer, say: Say) -> None:
-    """Gathers what every rank did; rank 0 prints the table and writes the pictures."""
+def finish(trainer: Trainer) -> None:
+    """Gathers what every rank did; whoever gets it prints the table and writes the pictures.
+
+    That is the lowest rank that is live; if it is lost meanwhile, the next one does it.
+    """
     world, journal = trainer.world, trainer.journal
     mine: dict[str, Any] = {"report": trainer.report().to_values(), "curve": [], "validations": []}
     if journal is not None:
         mine |= {"curve": trainer.curve(), "validations": journal.log.validations}
-    gathered = world.gather_to_zero(mine)
     if journal is not None:
         journal.log.close()
     trainer.transport.close()
-    if gathered is not None:
-        reports = [RankReport.from_values(each["report"]) for each in gathered]
-        drawn = next((each for each in gathered if each["curve"]), gathered[-1])  # a last stage's
-        write_reports(trainer.settings.out, reports, curve=drawn["curve"], validations=drawn["validations"], say=say)
-    world.barrier()
+    written = False
+    while not written:
+        gathered = world.gather_to_zero(mine)
+        if gathered is not None:
+            write_gathered(gathered, trainer.settings.out)
+        written = world.any_of(gathered is not None)
+
+
+def write_gathered(gathered: Sequence[Mapping[str, Any]], out: str) -> None:
+    """Prints the table of what all ranks did, and writes it and the pictures."""
+    reports = [RankReport.from_values(each["report"]) for each in gathered]
+    drawn = next((each for each in gathered if each["curve"]), gathered[-1])  # a last stage's
+    write_reports(out, reports, curve=drawn["curve"], validations=drawn["validations"], say=print_line)
 
 
 def say_on_rank_zero(world: World) -> Say:

@@ -362,6 +362,11 @@ class World:
             dist.gather_object(value, gathered, dst=0)
         return gathered
 
+    def any_of(self, mine: bool) -> bool:
+        """Whether any rank says so, when all have come: here all must live, so rank 0, who gathers, is among them."""
+        self.barrier()
+        return True
+
     def barrier(self) -> None:
         """Returns when all ranks have come."""
         if self.size > 1:

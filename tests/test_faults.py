@@ -19,16 +19,19 @@ PATIENCE_S = 90.0  # for a busy machine
 
 
 def test_a_killed_stage_takes_its_pipeline_with_it_and_the_others_end_well(tmp_path: Path) -> None:
-    with tiny_job(tmp_path, stages=2, pipelines=2, epoch_s=2.5, preduce=True) as job:
+    with tiny_job(tmp_path, stages=2, pipelines=2, epoch_s=2.5, preduce=True, consensus_every=10) as job:
         job.wait_for_updates(5, within_s=PATIENCE_S)
-        killed = job.kill(1, stage=0)
+        killed = job.kill(0, stage=0)
         assert job.finish(within_s=PATIENCE_S) == 0, job.text()
-        assert job.entries("update", pipeline=0, after=killed + 0.5)
-        assert "the job ended well, though it lost pipeline 1" in job.text() and "SIGKILL" in job.text()
-        tickets = {entry.values["ticket"] for entry in job.entries("update", pipeline=0, stage=1)}
-        tickets |= {e.values["ticket"] for e in job.entries("update", pipeline=1, stage=1) if e.time < killed}
+        assert job.entries("update", pipeline=1, after=killed + 0.5)
+        assert "the job ended well, though it lost pipeline 0" in job.text() and "SIGKILL" in job.text()
+        tickets = {entry.values["ticket"] for entry in job.entries("update", pipeline=1, stage=1)}
+        tickets |= {e.values["ticket"] for e in job.entries("update", pipeline=0, stage=1) if e.time < killed}
         assert tickets == set(range(2 * 125)), "every batch was done by somebody"
-        assert [entry.values["members"] for entry in agreed(job, 0)[0]] == [[0]]
+        assert [entry.values["members"] for entry in agreed(job, 0)[0]] == [[1]]
+        assert job.text().count("] Summary") == 1, "rank 0 is lost, and the next one prints the table"
+        ranks = json.loads((tmp_path / "out" / "summary.json").read_text())["ranks"]
+        assert [rank["rank"] for rank in ranks] == [2, 3]
         assert not job.processes()
 
 

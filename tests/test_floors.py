@@ -59,6 +59,7 @@ FLOORS = {
     "pipeline.models": 1,
     "pipeline.partition": 1,
     "pipeline.schedules": 1,
+    "pipeline.thinning": 1,
     "pipeline.simulate": 1,
     "pipeline.sync": 1,
     "pipeline.assemble": 2,
