@@ -10,7 +10,6 @@ one epoch.
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
 
+from heturun.cores import own_share
 from pipeline import get_distributed_optimizer
 
 NORMALISE = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -102,7 +102,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.nprocs))
+        torch.set_num_threads(own_share(args.nprocs))
     dist.init_process_group(args.dist_backend, init_method=args.dist_url, rank=rank, world_size=args.nprocs)
     torch.manual_seed(args.seed)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple
 
-from heturun import hosts, wire
+from heturun import cores, hosts, wire
 
 GRACE_S = 2.0  # between SIGTERM and SIGKILL
 MPIRUN_GRACE_S = 0.4  # mpirun itself sends SIGKILL a second after its SIGTERM
@@ -154,7 +154,7 @@ class Agent:
             process = subprocess.Popen(
                 spec["command"],
                 cwd=directory,
-                env=_merged({**changes, **spec["env"]}),
+                env=with_threads(_merged({**changes, **spec["env"]})),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -213,6 +213,16 @@ class Agent:
 def _merged(changes: dict[str, str | None]) -> dict[str, str]:
     """This host's environment, changed as the launcher says; None takes a variable away."""
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+
+
+def with_threads(env: dict[str, str]) -> dict[str, str]:
+    """A process's environment with its share of this host's cores as OMP_NUM_THREADS, unless the user has set that.
+
+    Only the host itself knows its cores. The coordinator, which is none of the host's workers, gets one thread.
+    """
+    workers = env.get("LOCAL_WORLD_SIZE")
+    threads = 1 if workers is None else cores.own_share(int(workers))
+    return {"OMP_NUM_THREADS": str(threads), **env}
 
 
 def whole_lines(pipe: IO[bytes]) -> Iterator[list[str]]:

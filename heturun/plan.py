@@ -230,7 +230,7 @@ def common_environment(
     path = mirrored["PATH"] or "/usr/local/bin:/usr/bin:/bin"
     mirrored["PATH"] = path if own_bin in path.split(":") else f"{own_bin}:{path}"
     # torch warns of hosts without reverse DNS on every connection; its errors are still shown
-    defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     timeout = {} if timeout_s is None else {"HETURUN_TIMEOUT": f"{timeout_s:g}"}
     return {**defaults, **here, **mirrored, **cluster.env, **given, **timeout}
 

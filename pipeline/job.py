@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from heturun.cores import own_share
 from pipeline.costs import profile_blocks
 from pipeline.elastic import ElasticTrainer
 from pipeline.elastic_world import ElasticWorld
@@ -242,4 +243,4 @@ def print_line(line: str) -> None:
 def use_threads(world: World) -> None:
     """One thread per rank where ranks share the cores, unless the user has said otherwise (OMP_NUM_THREADS)."""
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(own_share(world.local_size))

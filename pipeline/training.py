@@ -157,6 +157,14 @@ def plan_run(
     )
 
 
+def other_threads(was: int, now: int) -> str:
+    """What is said when a checkpoint is resumed with another number of threads: sums are then rounded otherwise."""
+    return (
+        f"the checkpoint was written with {was} thread(s) a process, this run has {now}: they agree up to rounding, "
+        f"not bit for bit; set OMP_NUM_THREADS={was} for that"
+    )
+
+
 def least_in_microbatch(settings: Settings, task: Task, *, pipelines: int) -> int:
     """The fewest samples of a micro-batch: one, unless it came to that and the model cannot do with one."""
     plans = [data_plan(settings, task.train.size, pipelines=n, pipeline=0) for n in {1, pipelines}]
@@ -457,6 +465,7 @@ class Trainer:
             "states": self.states.values(),
             "settings": self.settings.to_values(),
             "data": self._data_values(),
+            "threads": torch.get_num_threads(),
             "partition": list(self.plan.counts),
             "journal": self.world.from_last_stage(journal),
         }
@@ -489,6 +498,8 @@ class Trainer:
             self.journal.restore(values["journal"])
             told = self.states.told(shapes, values["states"])
             self.journal.log.say(f"resumed from {folder} after {values['updates']} updates, {told}")
+            if self.world.device.type == "cpu" and values.get("threads", now := torch.get_num_threads()) != now:
+                self.journal.log.say(other_threads(values["threads"], now))
 
     def _check_same_data(self, values: dict[str, Any], folder: str) -> None:
         was, now = values["settings"], self.settings.to_values()

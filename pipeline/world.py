@@ -10,7 +10,6 @@ Every wait has a deadline, and the message on expiry says who was waited for.
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import socket
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from heturun.cores import granted, own_cores
 from pipeline.errors import PeerLost, UserError
 from pipeline.failures import abort_mpi, control_channel, is_secondary, report_failures
 from pipeline.hetero import Place
@@ -111,22 +111,6 @@ def is_oversubscribed(peers: Sequence[_Peer], host: str, *, quota: float) -> boo
     return len(here) > min(len({core for peer in here for core in peer.cores}), quota)
 
 
-def cpu_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """How many cores' time a container grants this process; infinite where nothing is said."""
-    try:
-        time_us, period_us = file.read_text().split()
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if time_us == "max" else int(time_us) / int(period_us)
-
-
-def _own_cores() -> tuple[int, ...]:
-    """The cores that this process may run on; where the system does not tell, all."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
-
-
 def add_rows(rows: Collection[Mapping[str, float]]) -> dict[str, float]:
     """The sum of each value over the rows; a missing key counts as 0."""
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -149,7 +133,7 @@ class World:
         self._workers = placement.workers()
         self.device = _torch_device(self._workers[self.rank].device, warn=me.local_rank == 0)
         self.shares_gpu = self.device.type == "cuda" and _is_shared(placement, self._workers[self.rank].device)
-        self.oversubscribed = me.local_size > len(_own_cores())  # more ranks than cores here: nobody may spin
+        self.oversubscribed = me.local_size > len(own_cores())  # more ranks than cores here: nobody may spin
         self.late = False  # whether the others are already training; known after connect()
         self.uses_nccl = False  # whether replicas() may reduce on GPUs through NCCL; known after connect()
         self._hosts = tuple(worker.device.host for worker in self._workers)
@@ -216,7 +200,7 @@ class World:
         self._hosts = tuple(peer.host for peer in peers)
         self._check_hosts()
         self.shares_gpu = nccl_fails(peers)  # from here on of the whole job: all ranks must choose alike
-        self.oversubscribed = is_oversubscribed(peers, self.host, quota=cpu_quota())
+        self.oversubscribed = is_oversubscribed(peers, self.host, quota=granted())
         self.uses_nccl = self.device.type == "cuda" and not self.shares_gpu and dist.is_nccl_available()
         with self._waiting("connecting", range(self.size)):
             dist.init_process_group(
@@ -230,7 +214,7 @@ class World:
 
     def _wait_for_all(self) -> list[_Peer]:
         keys = [f"joined/{rank}" for rank in range(self.size)]
-        mine = _Peer(self.host, self.device.type == "cuda", self.shares_gpu, _own_cores())
+        mine = _Peer(self.host, self.device.type == "cuda", self.shares_gpu, own_cores())
         try:
             self._store.set(keys[self.rank], mine.to_text())
             self._store.wait(keys, timedelta(seconds=self.timeout_s))

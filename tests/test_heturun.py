@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from math import inf
 from pathlib import Path
 
 import pytest
 from heturun_jobs import ROOT, clean_environment, heturun
 
 from heturun.__main__ import main
+from heturun.agent import with_threads
 from heturun.cluster import Cluster, Node, load_cluster, this_machine
+from heturun.cores import granted, own_share, share
 from heturun.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started, Verdict
 from heturun.plan import common_environment, layout_of, on_cluster, plan_job
 from pipeline.errors import UserError
@@ -187,7 +190,7 @@ def test_the_layout_is_that_of_the_option_else_of_the_file_beside_the_script(tmp
     assert layout_of(["python3", "-c", "pass"], directory=tmp_path) is None
 
 
-def test_the_environment_has_the_users_paths_and_one_thread_unless_told_otherwise() -> None:
+def test_the_environment_has_the_users_paths_and_leaves_threads_to_the_hosts_unless_told() -> None:
     cluster = this_machine(workers=1, servers=0)
 
     def made(environ: dict[str, str], **given: str) -> dict[str, str | None]:
@@ -196,12 +199,45 @@ def test_the_environment_has_the_users_paths_and_one_thread_unless_told_otherwis
     here = {"PATH": "/a:/b", "PYTHONPATH": "/p", "CONDA_PREFIX": "/c", "RANK": "7", "OMPI_COMM_WORLD_RANK": "1"}
     env = made(here)
     assert (env["PATH"], env["PYTHONPATH"], env["CONDA_PREFIX"]) == ("/venv/bin:/a:/b", "/p", "/c")
-    assert (env["OMP_NUM_THREADS"], env["HETURUN_TIMEOUT"]) == ("1", "5")
+    assert env["HETURUN_TIMEOUT"] == "5"
+    assert "OMP_NUM_THREADS" not in env  # a far host's cores are not known here
     assert "RANK" not in env
     assert "OMPI_COMM_WORLD_RANK" not in env
     assert made({**here, "OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
     assert made({**here, "OMP_NUM_THREADS": "3"}, OMP_NUM_THREADS="4")["OMP_NUM_THREADS"] == "4"
     assert made({"PATH": "/a:/venv/bin"})["PATH"] == "/a:/venv/bin"
+
+
+def test_a_workers_threads_are_its_share_of_the_cores_that_it_may_use() -> None:
+    assert [share(8, inf, workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    assert [share(8, 4.0, 3), share(8, 2.5, 1), share(8, 0.5, 1)] == [1, 2, 1]
+    assert with_threads({"LOCAL_WORLD_SIZE": "1"})["OMP_NUM_THREADS"] == str(own_share(1))
+    assert with_threads({"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert with_threads({})["OMP_NUM_THREADS"] == "1"  # the coordinator
+
+
+@pytest.mark.parametrize(("text", "cores"), [("150000 100000\n", 1.5), ("max 100000\n", inf), ("", inf)])
+def test_a_container_says_how_many_cores_it_grants(tmp_path: Path, text: str, cores: float) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert granted(tmp_path, tmp_path / "none") == cores
+    assert granted(tmp_path / "none", tmp_path / "none") == inf
+
+
+def test_the_smallest_grant_of_all_groups_above_counts_in_both_versions(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    for folder, file, text in (
+        ("two/slice", "cpu.max", "300000 100000\n"),
+        ("two/slice/job", "cpu.max", "max 100000\n"),
+        ("one/cpu/job", "cpu.cfs_quota_us", "50000\n"),
+        ("one/cpu/job", "cpu.cfs_period_us", "100000\n"),
+        ("one/cpu", "cpu.cfs_quota_us", "-1\n"),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / file).write_text(text)
+    own.write_text("0::/slice/job\n")
+    assert granted(tmp_path / "two", own) == 3.0
+    own.write_text("3:cpu,cpuacct:/job\n2:memory:/other\n")
+    assert granted(tmp_path / "one", own) == 0.5
 
 
 def after(*events: tuple[float, Event], size: int = 2) -> Outcome:

@@ -65,6 +65,24 @@ def test_a_resumed_run_prints_the_line_of_the_whole_epoch(tmp_path: Path, capsys
     assert re.findall(r"1 TRAIN loss \S+ acc \S+", text) == whole
 
 
+def test_a_resume_with_another_number_of_threads_says_that_it_rounds_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"checkpoint": str(tmp_path / "kept"), "checkpoint_every": 1}
+    run_here(tmp_path / "begun", max_steps=2, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run_here(tmp_path / "resumed", max_steps=3, resume="", **options)
+    finally:
+        torch.set_num_threads(before)
+    line = f"written with {before} thread(s) a process, this run has {before + 1}"
+    assert line in capsys.readouterr().out
+    run_here(tmp_path / "again", max_steps=2, **options | {"checkpoint": str(tmp_path / "other")})
+    run_here(tmp_path / "same", max_steps=3, resume="", **options | {"checkpoint": str(tmp_path / "other")})
+    assert "thread(s)" not in capsys.readouterr().out
+
+
 def test_the_reference_lines_are_printed_to_the_letter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_here(tmp_path)
     lines = capsys.readouterr().out.splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from pipeline.identity import first_host, identify, tasks_on_node
 from pipeline.meeting import Networks, choose_address, common_address, networks, set_interface
 from pipeline.placement import load_placement
 from pipeline.progress import make_progress
-from pipeline.world import _Peer, cpu_quota, is_oversubscribed, join_world, nccl_fails
+from pipeline.world import _Peer, is_oversubscribed, join_world, nccl_fails
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -374,13 +373,6 @@ def test_cores_are_those_that_the_ranks_of_a_host_may_use_together() -> None:
     assert not is_oversubscribed([*bound, *pinned], "w0", quota=64)
     assert is_oversubscribed([*bound, *pinned], "w1", quota=64)
     assert is_oversubscribed(bound, "w0", quota=1.5)
-
-
-@pytest.mark.parametrize(("text", "cores"), [("150000 100000\n", 1.5), ("max 100000\n", math.inf), ("", math.inf)])
-def test_a_container_says_how_many_cores_it_grants(tmp_path: Path, text: str, cores: float) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert cpu_quota(tmp_path / "cpu.max") == cores
-    assert cpu_quota(tmp_path / "none") == math.inf
 
 
 # --- who started us
