@@ -110,11 +110,12 @@ def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
 def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence[str] | None) -> Plan:
     from heturun import hosts, plan
 
-    cluster, own_names = _cluster(options), hosts.own_names()
+    cluster = _cluster(options)
+    here = [node.host for node in cluster.nodes if hosts.is_meant(node.host, node.address)]
     directory = _working_directory()
     layout = plan.layout_of(command, directory=Path(directory))
     if layout is not None:
-        layout = plan.on_cluster(layout, cluster, own_names=own_names)
+        layout = plan.on_cluster(layout, cluster, own_names=hosts.own_names(), here=here)
     env = plan.common_environment(
         os.environ,
         cluster=cluster,
@@ -128,7 +129,7 @@ def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence
         command,
         directory=directory,
         env=env,
-        launching_host=next((node.host for node in cluster.nodes if node.host in own_names), hosts.LOCAL),
+        launching_host=next(iter(here), hosts.LOCAL),
         coordinator=coordinator or plan.COORDINATOR,
     )
     _check_pipelines(options, len(made.pipelines()))

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -27,7 +26,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple
 
-from heturun import cores, hosts, wire
+from heturun import cores, hosts, tidy, wire
+from heturun.edition import introduction
 
 GRACE_S = 2.0  # between SIGTERM and SIGKILL
 MPIRUN_GRACE_S = 0.4  # mpirun itself sends SIGKILL a second after its SIGTERM
@@ -37,7 +37,6 @@ LOOPBACK = "127.0.0.1"  # what the launcher says when no other host takes part
 LONGEST_LINE_BYTES = 1 << 16
 CONNECT_S = 20.0
 FAREWELL_S = 5.0
-LEFT_FOLDER_S = 2.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -309,30 +308,24 @@ def _sweep() -> None:
                 os.waitpid(pid, 0)
 
 
-def _remove(folder: str) -> None:
-    """Removes the launcher's directory, in which mpirun may still be tidying up."""
-    deadline = time.monotonic() + LEFT_FOLDER_S
-    while os.path.exists(folder) and time.monotonic() < deadline:
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.02)
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m heturun.agent", description=__doc__)
     parser.add_argument("--connect", required=True, help="address of the launcher")
     parser.add_argument("--ranks", required=True, help="ranks to run here, e.g. 0,3")
     parser.add_argument("--lost-after", type=int, default=wire.LOST_S, help="seconds of silence that end a connection")
     parser.add_argument("--incarnation", type=int, default=0, help="how often they were started again")
-    parser.add_argument("--folder", help="the launcher's private directory, to be removed if it cannot do so itself")
+    parser.add_argument("--folder", help="the job's private directory here, to be removed if the launcher cannot")
     parser.add_argument("--key-on-stdin", action="store_true", help="read the job's key from stdin, not HETURUN_KEY")
+    parser.add_argument("--key-file", help="read it from this file, and remove the file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Connects, asks for its processes, runs them. Their exit statuses go to the launcher, not into this one's."""
     options = _arguments(argv)
-    key = sys.stdin.readline().strip() if options.key_on_stdin else os.environ["HETURUN_KEY"]
+    starter = os.getppid()
     try:
+        key = _key(options)
         channel = wire.connect(options.connect, bytes.fromhex(key), timeout_s=CONNECT_S, lost_s=options.lost_after)
     except OSError as error:
         print(
@@ -346,23 +339,55 @@ def main(argv: list[str] | None = None) -> int:
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:  # SIGTERM is ours: PDEATHSIG
             signal.signal(number, lambda *_: agent.events.put(Order("signal")))
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # mpirun or the ssh session may end without a word
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     ranks = [int(rank) for rank in options.ranks.split(",")]
-    channel.send({"type": "agent", "ranks": ranks, "incarnation": options.incarnation})
+    channel.send({"type": "agent", "ranks": ranks, "incarnation": options.incarnation, **introduction()})
     start = channel.receive()
     if start is None or start["type"] != "start":
         return 1  # the launcher ended, or stops, before this agent had begun
     try:
-        agent.run(start)
+        _run(agent, start, options, starter)
     except ValueError as error:
         channel.send({"type": "broken", "message": f"heturun: {error}"})
         channel.finish()
         return 1
     finally:
-        _sweep()
-        if agent.abandoned and options.folder is not None:
-            _remove(options.folder)
+        if agent.abandoned and options.folder is not None and not tidy.is_needed():
+            tidy.remove(options.folder)
     return 0
+
+
+def _key(options: argparse.Namespace) -> str:
+    """The job's key; a file with it is removed, for others have one each.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    if options.key_file is not None:
+        key = Path(options.key_file).read_text().strip()
+        os.unlink(options.key_file)
+        return key
+    return sys.stdin.readline().strip() if options.key_on_stdin else os.environ["HETURUN_KEY"]
+
+
+def _run(agent: Agent, start: wire.Message, options: argparse.Namespace, starter: int) -> None:
+    """Nothing stays that the processes have started, nor what Open MPI has made for them."""
+    if not tidy.is_needed():
+        _run_swept(agent, start)
+        return
+    estate = tidy.make_estate(starter, options.folder, far=options.key_file is not None)
+    heir = tidy.Heir(estate.settle)  # also if this agent is killed, or raises
+    _run_swept(agent, {**start, "env": {**estate.variables, **start["env"]}})
+    if not agent.abandoned:
+        estate.remove_segments()
+        heir.dismiss()
+
+
+def _run_swept(agent: Agent, start: wire.Message) -> None:
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # from now on orphans are ours; an heir is not
+    try:
+        agent.run(start)
+    finally:
+        _sweep()
 
 
 def _load_libc() -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from heturun import wire
+from heturun.edition import introduction
 
 CONNECT_S = 20.0
 NOTED_S = 5.0  # for the launcher to confirm a failure
@@ -49,7 +50,7 @@ class Control:
     ) -> None:
         try:
             self._channel = wire.connect(address, bytes.fromhex(key), timeout_s=CONNECT_S, lost_s=lost_s)
-            self._channel.send({"type": "process", "rank": rank, "incarnation": incarnation})
+            self._channel.send({"type": "process", "rank": rank, "incarnation": incarnation, **introduction()})
         except OSError as error:
             raise ConnectionError(f"rank {rank} cannot reach the launcher at {address}: {error}") from error
         self._rank, self.on_push, self._lost_s = rank, on_push, lost_s

@@ -19,11 +19,16 @@ def own_names() -> frozenset[str]:
 
 
 def is_here(host: str, address: str | None = None) -> bool:
-    """Whether a host of the cluster file is this machine: by its name, or because its address is one of ours."""
-    if host in own_names():
+    """Whether a host of the cluster file is this machine: by its address or, without one, by its name."""
+    if address is None and host in own_names():
         return True
     found = resolve(address or host)
     return found is not None and (found.is_loopback or can_bind(found))
+
+
+def is_meant(host: str, address: str | None = None) -> bool:
+    """As `is_here`, but the network is asked only about hosts with an address: for looking without touching."""
+    return is_here(host, address) if address is not None else host in own_names()
 
 
 def resolve(host: str) -> Address | None:

@@ -7,12 +7,15 @@ arrived on its connection.
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from heturun import wire
+from heturun.edition import Editions, introduction
 from heturun.outcome import (
+    USERS_MISTAKE,
     Closed,
     Elastic,
     Event,
@@ -118,6 +121,7 @@ class Hub:
         self._order: str | None = None  # what agents that come late are told as well
         self._given_up: set[tuple[int, int]] = set()  # ranks and incarnations that must not start any more
         self._lock = threading.Lock()
+        self._editions = Editions(introduction())
         listener = wire.listen(only_here=only_here)
         self.port = int(listener.getsockname()[1])
         self._porch = Porch(listener)
@@ -190,12 +194,30 @@ class Hub:
         hello = channel.receive()
         if hello is None:
             return
-        incarnation = int(hello.get("incarnation", 0))
-        if hello["type"] == "agent":
-            self._serve_agent(channel, tuple(int(rank) for rank in hello["ranks"]), incarnation)
-        else:
-            self._serve_process(channel, int(hello["rank"]), incarnation)
+        try:
+            self._serve(channel, hello)
+        except (KeyError, TypeError, ValueError) as error:  # the right key, but not our language
+            print(
+                f"heturun: hung up on {channel.peer_address}, whose messages make no sense: {error!r}", file=sys.stderr
+            )
         channel.close()
+
+    def _serve(self, channel: wire.Channel, hello: wire.Message) -> None:
+        """To the end of the connection."""
+        incarnation = int(hello.get("incarnation", 0))
+        ranks = tuple(int(rank) for rank in (hello["ranks"] if hello["type"] == "agent" else [hello["rank"]]))
+        with self._lock:
+            complaint = self._editions.complaint(hello)
+        if complaint is not None and incarnation == 0:
+            self._deliver(Failed(ranks[0], complaint, secondary=False, status=USERS_MISTAKE))
+            self._deliver(Lost(ranks, complaint))
+            return
+        if complaint is not None:
+            self._deliver(Output(ranks[0], "stderr", [f"WARNING: {complaint}"]))
+        if hello["type"] == "agent":
+            self._serve_agent(channel, ranks, incarnation)
+        else:
+            self._serve_process(channel, ranks[0], incarnation)
 
     def _serve_agent(self, channel: wire.Channel, ranks: tuple[int, ...], incarnation: int) -> None:
         self._deliver(Joined(ranks, incarnation))  # before it can have anything to say
@@ -205,14 +227,16 @@ class Hub:
             order = self._order if wanted else "stop"
         _send(channel, self._start(wanted, incarnation) if order is None else {"type": order})
         why = None
-        while (message := channel.receive()) is not None:
-            if message["type"] == "broken":
-                why = str(message["message"])
-            else:
-                self._deliver(_event(message, incarnation))
-        with self._lock:
-            del self._agents[channel]
-        self._deliver(Lost(ranks, why or WENT_AWAY, incarnation, explained=why is not None))
+        try:
+            while (message := channel.receive()) is not None:
+                if message["type"] == "broken":
+                    why = str(message["message"])
+                else:
+                    self._deliver(_event(message, incarnation))
+        finally:
+            with self._lock:
+                del self._agents[channel]
+            self._deliver(Lost(ranks, why or WENT_AWAY, incarnation, explained=why is not None))
 
     def _serve_process(self, channel: wire.Channel, rank: int, incarnation: int) -> None:
         self._mail.connected(rank, channel)
@@ -260,4 +284,6 @@ def _event(message: wire.Message, incarnation: int) -> Event:
         return Output(rank, str(message["stream"]), [str(line) for line in message["lines"]])
     if kind == "exit":
         return Exited(rank, int(message["status"]), bool(message["killed"]), incarnation)
-    return Closed(rank, incarnation)
+    if kind == "closed":
+        return Closed(rank, incarnation)
+    raise ValueError(f"there is no message {kind!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -28,7 +29,7 @@ from heturun.agent import die_with_parent
 from heturun.console import Console
 from heturun.elastic import COORDINATOR, Fleet, GiveUp, Gone, Loss, Order, Rules, Tell, TooFew
 from heturun.hub import Hub
-from heturun.mpi import Mpirun
+from heturun.mpi import Mpirun, cause_last
 from heturun.mpi import environment as mpi_environment
 from heturun.outcome import Event, Joined, Lost, Output, Progress, Published, Signalled, Verdict, Wanted
 from heturun.plan import Plan
@@ -40,6 +41,7 @@ STOP_S = 3.5  # from "stop" to "kill"; agents themselves send SIGKILL 2 s after 
 KILL_S = 1.0  # from "kill" to leaving
 LEAVE_S = 0.5  # for mpirun or ssh to end after its agents, unless the way to their host is cut
 FINISH_S = 10.0  # for mpirun to end after its processes did
+WORDS = 200  # lines of a starter that are kept
 CHECKPOINT = "last checkpoint"  # under this key the workers publish its path
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -57,7 +59,7 @@ class Running:
 
     starter: Starter
     process: subprocess.Popen[bytes]
-    words: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+    words: deque[str] = field(default_factory=lambda: deque(maxlen=WORDS))
     told: bool = False
 
     def signal(self, number: int) -> None:
@@ -165,8 +167,7 @@ class Job:
         assert running.process.stdout is not None
         for raw in running.process.stdout:
             line = raw.decode(errors="replace").rstrip().strip("\0")
-            if line.strip("-"):
-                running.words.append(line)
+            running.words.append(line)
         self.events.put(StarterEnded(running, running.process.wait()))
 
     def _until_something_ends_it(self) -> Verdict | TooFew | Signalled | None:
@@ -277,7 +278,7 @@ class Job:
 
         One that a signal ended, and not ours, has taken its processes along, even if its agents still ended them.
         """
-        starter, words = ended.running.starter, list(ended.running.words)
+        starter, words = ended.running.starter, cause_last(ended.running.words)
         status = _shell_status(ended.status)
         taken = ended.status < 0 and not ended.running.told
         ranks = starter.ranks if taken else self.fleet.open(starter.ranks, starter.incarnation)
@@ -285,7 +286,7 @@ class Job:
         when = "before its processes had started" if unstarted else "before its processes"
         first = f"{starter.name} {_how(status)} {when}"
         if words and self.fleet.elastic is not None:  # a line will do, for the job goes on
-            first, words = f"{first}: {words[0]}", []
+            first, words = f"{first}: {words[-1]}", []
         text = "\n".join([f"{first}:", *words] if words else [first])
         return Lost(ranks, text, starter.incarnation, status if taken else None)
 
@@ -296,7 +297,7 @@ class Job:
             f"not started within {self.rules.start_s:g} s: {named}; check those hosts, or give more time with --timeout"
         )
         late = [running for running in self.running if set(running.starter.ranks) & set(self.fleet.missing)]
-        words = [f"{running.starter.name}: {word}" for running in late for word in running.words]
+        words = [f"{running.starter.name}: {word}" for running in late for word in cause_last(running.words)]
         return Verdict(self.fleet.missing[0], None, "\n".join([*words, first]))
 
     def _alive(self) -> list[Running]:
@@ -455,7 +456,9 @@ def _signals() -> Iterator[_Signals]:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="heturun-"))
+    """Of this job, for files; where the user's temporary directory has a name that mpirun would cut in two, in /tmp."""
+    simple = re.fullmatch(r"[\w./+-]*", tempfile.gettempdir(), re.ASCII)
+    folder = Path(tempfile.mkdtemp(prefix="heturun-", dir=None if simple else "/tmp"))
     try:
         yield folder
     finally:

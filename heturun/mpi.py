@@ -33,12 +33,16 @@ class Mpirun(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What mpirun must know of the way to other hosts; None leaves it to mpirun."""
+    """What mpirun must know of the way to other hosts; None leaves it to mpirun.
+
+    far_folder: a private directory on each of them, for the session files there.
+    """
 
     ssh_config: Path | None
     subnet: str | None  # for MPI's messages, e.g. "10.0.0.0/24", or interfaces "eth0,eth1"
     interfaces: str | None  # for mpirun's own
     lost_s: int = LOST_S  # its daemons leave when their host is cut off for so long
+    far_folder: str | None = None
 
 
 def find_mpirun() -> Mpirun | None:
@@ -76,7 +80,7 @@ def command(
         folder: a private directory for mpirun's session files.
     """
     slots = Counter(process.host for process in world)
-    argv = [mpirun.path, *_options(mpirun, network, folder)]
+    argv = [mpirun.path, *_options(mpirun, network, folder), *_transports(mpirun, world)]
     for i, process in enumerate(world):
         separator = [":"] if i else []
         argv += [*separator, "-np", "1", "--host", f"{host_name(process.host)}:{slots[process.host]}", *agent(process)]
@@ -94,6 +98,8 @@ def _options(mpirun: Mpirun, network: Network, folder: Path) -> list[str]:
     options = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     options += ["--oversubscribe", "--bind-to", "none"]
     options += [own, "prte_local_tmpdir_base" if new else "orte_local_tmpdir_base", str(folder)]
+    if network.far_folder is not None:
+        options += [own, "prte_remote_tmpdir_base" if new else "orte_remote_tmpdir_base", network.far_folder]
     options += [own, "prte_keep_fqdn_hostnames" if new else "orte_keep_fqdn_hostnames", "1"]
     for name, value in (("time", PROBE_AFTER_S), ("intvl", 1), ("probes", network.lost_s - PROBE_AFTER_S)):
         options += [own, f"oob_tcp_keepalive_{name}", str(value)]
@@ -105,7 +111,26 @@ def _options(mpirun: Mpirun, network: Network, folder: Path) -> list[str]:
         options += [own, "prte_if_include" if new else "oob_tcp_if_include", network.interfaces]
     if network.subnet is not None:
         options += ["--mca", "btl_tcp_if_include", network.subnet]
-    return [*options, "-x", "HETURUN_KEY"]
+    return options
+
+
+def _transports(mpirun: Mpirun, world: Sequence[Process]) -> list[str]:
+    """Of a world on one host: none that listens, unless the user says otherwise."""
+    if len({process.host for process in world}) != 1 or "OMPI_MCA_btl" in os.environ:
+        return []
+    return ["--mca", "btl", "self,sm" if mpirun.major >= 5 else "self,vader"]
+
+
+def cause_last(lines: Sequence[str]) -> list[str]:
+    """What mpirun printed, its own pages (between rules of dashes) first: what ssh or a program said is the cause."""
+    pages, others = list[str](), list[str]()
+    inside = False
+    for line in lines:
+        if line and not line.strip("-"):
+            inside = not inside
+        else:
+            (pages if inside else others).append(line)
+    return [line for line in (*pages, *others) if line]
 
 
 def _version(path: str) -> int | None:

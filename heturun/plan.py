@@ -196,15 +196,21 @@ def least_replicas(command: Sequence[str]) -> int:
     return int(given) if given is not None and given.isdecimal() else 1
 
 
-def on_cluster(placement: Placement, cluster: Cluster, *, own_names: Collection[str]) -> Placement:
-    """The layout with its hosts named as in the cluster: another name of this machine, or w0 for w0.example.org."""
+def on_cluster(
+    placement: Placement, cluster: Cluster, *, own_names: Collection[str], here: Collection[str]
+) -> Placement:
+    """The layout with its hosts named as in the cluster: another name of this machine, or w0 for w0.example.org.
+
+    `here`: the hosts of the cluster that are this machine.
+    """
     hosts = [node.host for node in cluster.nodes]
 
     def name(host: str) -> str:
         if host in hosts:
             return host
-        here = [other for other in hosts if other in own_names] if host in own_names else []
-        alike = here or [other for other in hosts if other.partition(".")[0] == host.partition(".")[0]]
+        alike = (list(here) if host in own_names else []) or [
+            other for other in hosts if other.partition(".")[0] == host.partition(".")[0]
+        ]
         return alike[0] if len(alike) == 1 else host
 
     def move(device: Device) -> Device:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from heturun import hosts
 from heturun.cluster import Node
 from pipeline.errors import UserError
 
@@ -22,7 +23,9 @@ def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None, lo
     `lost_s`: a silent host counts as gone after so long, but not before 30 s.
     """
     lines = [line for node in nodes for line in _host(node)]
-    known = f'"{path.parent / "known_hosts"}" ~/.ssh/known_hosts ~/.ssh/known_hosts2'  # new keys go to the first one
+    known = (
+        f"{_quoted(path.parent / 'known_hosts')} ~/.ssh/known_hosts ~/.ssh/known_hosts2"  # new keys go to the first one
+    )
     lines += [
         "Host *",
         f"  UserKnownHostsFile {known}",
@@ -31,7 +34,7 @@ def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None, lo
         f"  ServerAliveCountMax {max(3, lost_s // ALIVE_S)}",
     ]
     if identity is not None:
-        lines += [f'  IdentityFile "{identity}"', "  IdentitiesOnly yes"]
+        lines += [f"  IdentityFile {_quoted(identity.absolute())}", "  IdentitiesOnly yes"]
     lines += ["  Include ~/.ssh/config", "  Include /etc/ssh/ssh_config"]
     lines += ["Match all", "  StrictHostKeyChecking accept-new", "  ConnectTimeout 20"]
     path.write_text("\n".join(lines) + "\n")
@@ -39,8 +42,12 @@ def write_config(path: Path, nodes: Sequence[Node], *, identity: Path | None, lo
 
 
 def alias(node: Node) -> str:
-    """The name under which ssh and mpirun know the host; mpirun reads a colon as the start of a number of slots."""
-    return node.host.replace(":", "-").replace("%", "-") if ":" in node.host else node.host
+    """The name under which ssh and mpirun know another host.
+
+    mpirun reads a colon as the start of a number of slots, and would start here what has a name of this machine.
+    """
+    name = node.host.replace(":", "-").replace("%", "-") if ":" in node.host else node.host
+    return f"other-{name}" if node.address is not None and hosts.is_here(node.host) else name
 
 
 def real_name(config: Path, node: Node) -> str:
@@ -68,9 +75,15 @@ def command(config: Path, node: Node, remote: str) -> list[str]:
     return ["ssh", "-T", "-F", str(config), alias(node), remote]
 
 
+def _quoted(path: Path) -> str:
+    """A file's name as a word of the configuration, in which % begins a token."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'
+
+
 def _host(node: Node) -> list[str]:
     settings = [
-        ("HostName", node.address or (node.host if ":" in node.host else None)),
+        ("HostName", node.address or (node.host if alias(node) != node.host else None)),
         ("User", node.user),
         ("Port", node.port),
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from heturun import hosts, mpi, ssh, wire
+from heturun import deliver, hosts, mpi, ssh, wire
 from heturun.agent import LOOPBACK, interface_address
 from heturun.cluster import Node
 from heturun.plan import Coordinator, Plan, Process, is_of_another_job
@@ -24,7 +24,8 @@ TIED = (
     "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
-BOOT = "import sys; sys.path.insert(0, {!r}); from heturun.agent import main; sys.exit(main())"
+BOOT = "import sys; sys.path.insert(0, {!r}); from heturun.{} import main; sys.exit(main())"
+FAR_PARENT = Path("/tmp")  # on other hosts, for what a launcher's TMPDIR has here
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,40 @@ class Starters:
         return Starter(f"ssh to {host}", tuple(argv), ranks, key_on_stdin=True, incarnation=incarnation)
 
     def _mpirun(self, mpirun: mpi.Mpirun, world: Sequence[Process], incarnation: int) -> Starter:
+        far_folder = str(FAR_PARENT / f"{self.folder.name}.{world[0].pipeline}.{incarnation}")
+        far = dict.fromkeys(process.host for process in world if process.host not in self.routes.here)
+        interfaces = _interfaces(self.plan, self.routes)
         argv = mpi.command(
             mpirun,
             world,
             host_name=self._name_for_mpirun,
-            agent=lambda process: self._agent([process], incarnation),
-            network=mpi.Network(self.routes.ssh_config, *_interfaces(self.plan, self.routes), lost_s=self.plan.lost_s),
+            agent=lambda process: self._agent_of_mpirun(process, far_folder, incarnation),
+            network=mpi.Network(
+                self.routes.ssh_config, *interfaces, lost_s=self.plan.lost_s, far_folder=far_folder if far else None
+            ),
             folder=self.folder,
         )
+        if far:
+            argv = self._delivering(world, list(far), far_folder) + argv
         name = "mpirun" if self.plan.placement is None else f"mpirun of pipeline {world[0].pipeline}"
-        return Starter(name, tuple(argv), tuple(process.rank for process in world), incarnation=incarnation)
+        ranks = tuple(process.rank for process in world)
+        return Starter(name, tuple(argv), ranks, key_on_stdin=bool(far), incarnation=incarnation)
+
+    def _agent_of_mpirun(self, process: Process, far_folder: str, incarnation: int) -> list[str]:
+        """Here the key is in mpirun's environment; elsewhere it was laid down beforehand."""
+        agent = self._agent([process], incarnation)
+        if process.host in self.routes.here:
+            return agent
+        return [*agent, "--folder", far_folder, "--key-file", deliver.key_file(far_folder, process.rank)]
+
+    def _delivering(self, world: Sequence[Process], far: Sequence[str], far_folder: str) -> list[str]:
+        """What becomes mpirun once the key is on these hosts."""
+        argv = [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT, "deliver")]
+        argv += ["--ssh-config", str(self.routes.ssh_config), "--folder", far_folder]
+        for host in far:
+            ranks = ",".join(str(process.rank) for process in world if process.host == host)
+            argv += ["--to", f"{ssh.alias(self.plan.node(host))}={ranks}"]
+        return [*argv, "--"]
 
     def _name_for_mpirun(self, host: str) -> str:
         return hosts.LOCAL if host in self.routes.here else ssh.alias(self.plan.node(host))
@@ -149,7 +174,7 @@ class Starters:
 def agent_command(address: str, ranks: Sequence[int], incarnation: int, *, lost_s: int) -> list[str]:
     """Starts an agent, on any host that has this Python and heturun in the same places."""
     whose = ["--connect", address, "--ranks", ",".join(map(str, ranks)), "--incarnation", str(incarnation)]
-    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT), "--lost-after", str(lost_s), *whose]
+    return [sys.executable, "-I", "-c", BOOT.format(PACKAGE_PARENT, "agent"), "--lost-after", str(lost_s), *whose]
 
 
 def tied(argv: Sequence[str]) -> list[str]:

@@ -108,7 +108,6 @@ FLOORS = {
     "pipeline.patience": 1,
     "pipeline.progress": 3,
     "pipeline.report": 3,
-    "pipeline.resuming": 3,
     "pipeline.rounds": 3,
     "pipeline.team": 3,
     "pipeline.training": 3,

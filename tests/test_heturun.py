@@ -173,7 +173,7 @@ def test_without_a_layout_every_worker_is_a_pipeline_of_one_stage() -> None:
 
 def test_a_layout_may_name_hosts_without_their_domain() -> None:
     placement = Placement("x", ((rgpu("w0", 0),), (rgpu("w1", 0),)))
-    moved = on_cluster(placement, plan_cluster("w0.example.org", "w1.example.org"), own_names=())
+    moved = on_cluster(placement, plan_cluster("w0.example.org", "w1.example.org"), own_names=(), here=())
     assert moved.hosts == ("w0.example.org", "w1.example.org")
 
 
