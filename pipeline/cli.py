@@ -91,10 +91,12 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag("recompute", "keep a stage's inputs only, run its forward again at the backward", None),
             Flag("channels_last", "channels-last memory format", None, tasks=("resnet",)),
             Flag("compile", "torch.compile every stage", None),
+            Flag("nan", "when three losses in a row are not finite: end the run, say so, or neither"),
         ),
         "optimiser": (
             Flag("optimizer", "update rule"),
             Flag("learning_rate", "after the warm-up", float, "X"),
+            Flag("scale_lr", "multiply the rate with the batches of an update, or with their root"),
             Flag("momentum", "of sgd", float, "X"),
             Flag("nesterov", "Nesterov's momentum", None),
             Flag("adam_betas", "of adamw: how slowly its two moments forget", parse_betas, "B1,B2"),

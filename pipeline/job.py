@@ -20,6 +20,7 @@ from pipeline.elastic_world import ElasticWorld
 from pipeline.errors import Fenced, UserError
 from pipeline.hetero import Profile as Hetero
 from pipeline.hetero import check_places
+from pipeline.optim import scaled
 from pipeline.partition import (
     Profile,
     conditions_of,
@@ -164,6 +165,9 @@ def describe_run(plan: RunPlan, world: World) -> str:
         parts.append(f"{shape.microbatches} micro-batches a batch")
     if plan.tie is not None:
         parts.append(f"{plan.tie.owner_name} of stage {plan.tie.owner} lent to stage {plan.tie.borrower}")
+    if plan.settings.scale_lr != "none":
+        rate = scaled(plan.settings, pipelines=world.num_pipelines).learning_rate
+        parts.append(f"learning rate {rate:g} (--scale-lr {plan.settings.scale_lr})")
     return "; ".join(parts)
 
 

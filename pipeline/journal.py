@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.calendar import Calendar
+from pipeline.divergence import LossWatch
 from pipeline.metrics import GROUPS, JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, group_sizes
 from pipeline.models.criterion import Criterion
 from pipeline.optim import LearningRate
@@ -79,6 +80,7 @@ class Journal:
         self._rate, self._clock = rate, clock
         self._sum_over_pipelines, self._progress = sum_over_pipelines, progress
         self._busy_s, self._device = busy_s, device
+        self._means, self._watch = criterion.means, LossWatch(settings.nan)
         means = tuple(criterion.means({}))
         writers = (
             WhoeverSpeaks(speaks, lambda first: _writers(settings, run_name, means, append=resumed or not first)),
@@ -132,8 +134,13 @@ class Journal:
         """Takes what this pipeline has done from the device, for which it waits."""
         rows = self._unread.take()
         self._epoch_sums = add_sums(self._epoch_sums, rows.sums())
-        self._own += zip(self._updates, rows.each(), strict=True)
+        own = list(zip(self._updates, rows.each(), strict=True))
+        self._own += own
         self._updates.clear()
+        for update, sums in own:
+            warning = self._watch.see(update, self._means(sums)["loss"])
+            if warning is not None:
+                self.log.say(warning)
 
     def _exchange(self) -> None:
         """Adds what every pipeline has done to the window: here all of them have made the same updates, and wait."""

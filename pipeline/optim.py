@@ -8,6 +8,7 @@ Nothing here remembers how far training is, so a resumed run only needs the upda
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,6 +82,21 @@ def optimizer_of(settings: Settings) -> OptimizerFactory:
         betas=settings.adam_betas,
         eps=settings.adam_eps,
     )
+
+
+SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
+    {"none": lambda batches: 1.0, "linear": float, "sqrt": math.sqrt}
+)
+
+
+def scaled(settings: Settings, *, pipelines: int) -> Settings:
+    """The settings with the rate that --scale-lr makes of theirs, for so many pipelines.
+
+    What they do until all have met once is one update of K P batches: under all-reduce at once, under the other
+    synchronisers as the mean of weights that each of P replicas moved by K batches (Goyal et al. 2017, section 2.1).
+    """
+    factor = SCALES[settings.scale_lr](settings.accumulate * pipelines)
+    return dataclasses.replace(settings, learning_rate=settings.learning_rate * factor)
 
 
 def make_learning_rate(settings: Settings, *, updates_per_epoch: int) -> LearningRate:

@@ -33,6 +33,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "checkpoint_errors": ("warn", "stop"),
         "outer": ("none", "slowmo", "diloco"),
         "wait": ("adaptive", "reference"),
+        "nan": ("stop", "warn", "off"),
+        "scale_lr": ("none", "linear", "sqrt"),
     }
 )
 
@@ -111,10 +113,12 @@ class Settings:
     recompute: bool = False
     channels_last: bool = False
     compile: bool = False
+    nan: str = "stop"
 
     # the optimiser and its learning rate
     optimizer: str = "sgd"
     learning_rate: float = 0.1
+    scale_lr: str = "none"
     momentum: float = 0.9
     nesterov: bool = False
     adam_betas: tuple[float, float] = (0.9, 0.999)

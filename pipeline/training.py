@@ -34,7 +34,7 @@ from pipeline.metrics import run_name
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
 from pipeline.models.smallest import least_samples
-from pipeline.optim import make_learning_rate, optimizer_of
+from pipeline.optim import make_learning_rate, optimizer_of, scaled
 from pipeline.reduce import GradientReducer, NoReducer, Reducer
 from pipeline.report import RankReport, peak_memory_bytes
 from pipeline.schedules import Schedule, Shape, find_schedule
@@ -206,7 +206,8 @@ class Trainer:
         self.saver = 0  # the pipeline that writes checkpoints
         self.archive = Archive(self.settings, world)
         self.reducer = self._make_reducer()
-        self.rate = make_learning_rate(self.settings, updates_per_epoch=self.calendar.updates_per_epoch)
+        told = scaled(self.settings, pipelines=world.num_pipelines)
+        self.rate = make_learning_rate(told, updates_per_epoch=self.calendar.updates_per_epoch)
         self.clock = self._make_clock()
         self.hooks = Hooks(
             learning_rate=self.rate, updated=self._updated, record=self.recorder.record if self.clock is None else None

@@ -36,6 +36,7 @@ FLOORS = {
     "pipeline.actions": 0,
     "pipeline.arrivals": 0,
     "pipeline.calendar": 0,
+    "pipeline.divergence": 0,
     "pipeline.draw": 0,
     "pipeline.emulation": 0,
     "pipeline.errors": 0,

@@ -15,6 +15,7 @@ from pipeline.optim import (
     make_learning_rate,
     make_optimizer,
     optimizer_of,
+    scaled,
 )
 from pipeline.settings import Settings, default_settings
 
@@ -157,3 +158,12 @@ def test_adamws_numbers_reach_the_rule() -> None:
     settings = Settings(optimizer="adamw", adam_betas=(0.8, 0.98), adam_eps=1e-6)
     (group,) = optimizer_of(settings)([torch.nn.Parameter(torch.zeros(2))]).param_groups
     assert (group["betas"], group["eps"]) == ((0.8, 0.98), 1e-6)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("none", 1.0), ("linear", 12.0), ("sqrt", 12**0.5)])
+def test_the_rate_is_scaled_by_the_batches_of_an_update_all_along_its_curve(scale: str, factor: float) -> None:
+    settings = Settings(scale_lr=scale, accumulate=3, learning_rate=0.1, lr_schedule="cosine", epochs=4)
+    plain = make_learning_rate(settings, updates_per_epoch=10)
+    told = make_learning_rate(scaled(settings, pipelines=4), updates_per_epoch=10)
+    assert [told(update) for update in range(40)] == pytest.approx([factor * plain(update) for update in range(40)])
+    assert scaled(Settings(scale_lr=scale), pipelines=1).learning_rate == pytest.approx(0.1)
