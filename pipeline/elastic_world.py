@@ -11,6 +11,7 @@ waits for a pipeline that is gone. Keys are numbered within a segment, so that o
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from collections import Counter
@@ -24,17 +25,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from heturun.cores import granted
 from heturun.wire import OUTAGE_S
 from pipeline.coordination import FRAME_BYTES, Client, JobRules, Welcome
 from pipeline.diary import Diary
-from pipeline.errors import CoordinatorLost, Fenced, PeerLost, TooFewReplicas
-from pipeline.meeting import choose_address, networks, open_store, pipeline_store
+from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewReplicas
+from pipeline.json_exchange import broadcast_value, packed, unpacked
+from pipeline.meeting import Networks, choose_address, networks, pipeline_store, read_value
 from pipeline.mesh import Mesh
 from pipeline.mixer import Link, MixStats
 from pipeline.settings import Settings
 from pipeline.sync import make_synchroniser
 from pipeline.thinning import fit
-from pipeline.world import World
+from pipeline.world import Peer, World, is_oversubscribed
 
 T = TypeVar("T")
 
@@ -153,27 +156,57 @@ class ElasticWorld(World):
         here = networks()
         one_host = self.identity.one_host
         self.address = choose_address(os.environ, here, one_host=one_host, towards=None)
-        if self.control is None:
-            everyone, self.address = open_store(self.identity, None, timeout_s=self.timeout_s, rank_zero="rank 0")
-            self._store = PrefixStore(f"heturun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", everyone)
-        if self.num_stages == 1 or self.identity.threads:
+        if self.identity.threads:
             return
-        name = f"pipeline {self.pipeline} ({self.incarnation})"
-        if self.control is not None:
-            store = pipeline_store(
-                self.control, self.address, here, name=name, serves=self.stage == 0, timeout_s=self.timeout_s
-            )
+        row = [self._rank_of(self.pipeline, stage) for stage in range(self.num_stages)]
+        if self.control is None:
+            peers = self._meet_everybody()
+            store = PrefixStore(f"pipeline {self.pipeline}", self._store)
+        elif self.num_stages == 1:
+            peers, store = {self.rank: self._peer()}, None
         else:
-            store = PrefixStore(name, self._store)
-        self._pipeline_store = store  # kept alive: stage 0 serves it
+            peers = self._meet_row(here, row)
+            store = PrefixStore("torch", self._pipeline_store)
+        # of other pipelines of this host, heturun only tells how many ranks they have
+        crowded = is_oversubscribed(list(peers.values()), self.host, quota=granted(), ranks=self.local_size)
+        self._judge([peers[rank] for rank in row], crowded)
+        if store is None or self.num_stages == 1:
+            return
         dist.init_process_group(
             "gloo", store=store, rank=self.stage, world_size=self.num_stages, timeout=timedelta(seconds=self.timeout_s)
         )
         self._pipeline_group = dist.group.WORLD
-        self.oversubscribed = self.oversubscribed or self.local_size > (os.cpu_count() or 1)
+
+    def _meet_everybody(self) -> dict[int, Peer]:
+        """Without heturun: all ranks of the job come to one store, and are where the layout has them."""
+        peers = self._wait_for_all(self._meet(None), range(self.size))
+        self._hosts = tuple(peer.host for peer in peers)
+        self._check_hosts()
+        return dict(enumerate(peers))
+
+    def _meet_row(self, here: Networks, row: Sequence[int]) -> dict[int, Peer]:
+        """Under heturun: the stages of this pipeline come to a store of their own."""
+        assert self.control is not None
+        self._pipeline_store = pipeline_store(  # kept while it is used, which stage 0 serves
+            self.control,
+            self.address,
+            here,
+            name=f"pipeline {self.pipeline} ({self.incarnation})",
+            serves=self.stage == 0,
+            timeout_s=self.timeout_s,
+        )
+        return dict(zip(row, self._wait_for_all(self._pipeline_store, row), strict=True))
+
+    @property
+    def rows_of_ranks(self) -> dict[int, list[int]]:
+        """torch.distributed knows this pipeline alone."""
+        return {self.pipeline: list(range(self.num_stages))}
 
     def _find_coordinator(self) -> tuple[str, bytes]:
-        """Its address and the job's key: from the launcher, which starts one; without it rank 0 does."""
+        """Its address and the job's key: from the launcher, which starts one; without it rank 0 does.
+
+        The key does not go through the store unless nobody has given one (`pipeline.sealed_store.job_key`).
+        """
         if self.control is not None:
             try:
                 address = self.control.lookup("coordinator", timeout_s=self.timeout_s)
@@ -183,12 +216,16 @@ class ElasticWorld(World):
         if self.rank == 0:
             from pipeline.coordinator import spawn_coordinator
 
-            key = secrets.token_bytes(32)
+            key = self._job_key or secrets.token_bytes(32)
             self._coordinator, address = spawn_coordinator(key, self.address)
-            self._store.set("coordinator", f"{address} {key.hex()}")
+            self._store.set("coordinator", json.dumps([address, None if self._job_key else key.hex()]))
         self._store.wait(["coordinator"], timedelta(seconds=self.timeout_s))
-        address, _, text = self._store.get("coordinator").decode().partition(" ")
-        return address, bytes.fromhex(text)
+        told = read_value(self._store, "coordinator")
+        try:
+            address, text = told
+            return str(address), self._job_key or bytes.fromhex(text)
+        except (TypeError, ValueError):
+            raise Forged(f"the store names {told!r:.60} as the coordinator, which no rank 0 would") from None
 
     # --- who writes for all
 
@@ -256,35 +293,29 @@ class ElasticWorld(World):
             return dict(sums)
         return added
 
-    def from_last_stage(self, value: T) -> T:
+    def from_last_stage(self, value: Any) -> Any:
         if self.num_stages == 1:
             return value
         if self._pipeline_group is not None:  # needs no coordinator, which may be gone
-            box: list[Any] = [value]
-            dist.broadcast_object_list(box, src=self.num_stages - 1, device=torch.device("cpu"))
-            theirs: T = box[0]
-            return theirs
+            return broadcast_value(value, self._pipeline_group, source=self.num_stages - 1)
         mine = fit(value, MESSAGE_BYTES) if self.is_last_stage else None
-        last: T = self.gather("from last", mine, scope="pipeline", fold="given")
-        return last
+        return self.gather("from last", mine, scope="pipeline", fold="given")
 
-    def broadcast_from_zero(self, value: T) -> T:
-        """The value of the lowest rank that is there; one who joins later gets what was agreed then."""
+    def broadcast_from_zero(self, value: Any) -> Any:
+        """Rank 0's value, or the `UserError` that it found instead; one who joins later gets what was agreed then."""
         zero: Any = None
         if not self.late:
-            box = self.gather("from zero", [value] if self.decides else None, scope="all", fold="given")
-            if box is None:
+            zero = self.gather("from zero", packed(value) if self.decides else None, scope="all", fold="given")
+            if zero is None:
                 raise PeerLost(
                     f"rank {self._leader} was lost before it could say what all must know; start the job again"
                 )
-            (zero,) = box
-        agreed: T = self.agree("from zero", zero)
-        return agreed
+        return unpacked(self.agree("from zero", zero), f"rank {self._leader}")
 
-    def gather_to_zero(self, value: T) -> list[T] | None:
+    def gather_to_zero(self, value: Any) -> list[Any] | None:
         """Every live rank's value, on the lowest of them; long lists in it are thinned, for it must fit a message."""
         mine = fit(value, share_bytes(self.size), newest=NEWEST)
-        rows: dict[int, T] | None = self.gather("to zero", mine, scope="all", fold="rows to first")
+        rows: dict[int, Any] | None = self.gather("to zero", mine, scope="all", fold="rows to first")
         return None if rows is None else [rows[rank] for rank in sorted(rows)]
 
     def any_of(self, mine: bool) -> bool:

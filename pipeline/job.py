@@ -118,10 +118,7 @@ def choose_cut(settings: Settings, task: Task, world: World, say: Say) -> tuple[
     found: Any = None
     if world.decides and not world.late:
         found = _try(lambda: _balanced(settings, task, world, rows, bandwidth, say))
-    found = world.broadcast_from_zero(found)
-    if isinstance(found, UserError):
-        raise found
-    return tuple(found)
+    return tuple(world.broadcast_from_zero(found))  # a UserError is raised on all ranks
 
 
 def _try(act: Callable[[], Any]) -> Any:

@@ -121,15 +121,36 @@ def _checked(length: int, rank: int) -> int:
     return length
 
 
-def _encoded(value: Any) -> bytes:
-    """A JSON list of one word and one value: ["value", ...], ["mistake", text] or ["fault", text]."""
+def packed(value: Any) -> list[Any]:
+    """The value with a word that says what it is: ["value", ...], ["mistake", text] or ["fault", text]; always JSON."""
     if isinstance(value, UserError):
-        return json.dumps(["mistake", str(value)]).encode()
+        return ["mistake", str(value)]
     try:
         _check(value, "the value")
-        text = json.dumps(["value", value], separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # ValueError: it holds itself
-        return json.dumps(["fault", " ".join(str(error).split())]).encode()
+    except TypeError as error:
+        return ["fault", " ".join(str(error).split())]
+    except RecursionError:
+        return ["fault", "the value is nested too deeply"]
+    return ["value", value]
+
+
+def unpacked(message: Any, sender: str) -> Any:
+    """The inverse of `packed`; raises what `gather_values` raises."""
+    try:
+        word, value = message
+        if word not in ("value", "mistake", "fault"):
+            raise ValueError(f"no word that is known: {word!r:.20}")
+    except (ValueError, TypeError) as error:
+        raise Forged(f"{sender} sent what is no value of this job ({error})") from None
+    if word == "mistake":
+        raise UserError(str(value))
+    if word == "fault":
+        raise TypeError(f"{sender}: {value}")
+    return value
+
+
+def _encoded(value: Any) -> bytes:
+    text = json.dumps(packed(value), separators=(",", ":")).encode()
     if len(text) > MAX_BYTES:
         return json.dumps(["fault", f"a value of {len(text)} bytes is longer than {MAX_BYTES}"]).encode()
     return text
@@ -150,16 +171,9 @@ def _check(value: Any, where: str) -> None:
 
 
 def _decoded(text: bytes, rank: int) -> Any:
+    sender = f"rank {rank} of the group"
     try:
-        word, value = parse_json(text)
-        if word not in ("value", "mistake", "fault"):
-            raise ValueError("no word that is known here")
-    except (ValueError, TypeError) as error:
-        raise Forged(
-            f"rank {rank} of the group sent {len(text)} bytes that are no value of this job ({error})"
-        ) from None
-    if word == "mistake":
-        raise UserError(str(value))
-    if word == "fault":
-        raise TypeError(f"rank {rank} of the group: {value}")
-    return value
+        message = parse_json(text)
+    except ValueError as error:
+        raise Forged(f"{sender} sent {len(text)} bytes that are no value of this job ({error})") from None
+    return unpacked(message, sender)

@@ -301,11 +301,16 @@ class LocalSGD(torch.optim.Optimizer):
         """What all processes must have in common, and the name of this one's node."""
         kinds = [(tuple(t.shape), str(t.dtype), t.device.type) for t in (*self._shared(), *self._buffers)]
         return {
-            "node": arguments.get("node_id", socket.gethostname()),
+            "node": _named(arguments.get("node_id", socket.gethostname())),
             "settings": f"{self._calendar}, momentum={self._momentum}, outer={self._outer}",
-            "node_size": arguments.get("node_size"),
+            "node_size": _named(arguments.get("node_size")),
             "shared tensors": f"{len(kinds)} (check sum {zlib.crc32(repr(kinds).encode()):08x})",
         }
+
+
+def _named(value: Any) -> Any:
+    """Something that may be sent as JSON and compares like the value."""
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _node(team: Team, names: Sequence[Any], arguments: Mapping[str, Any]) -> Team:

@@ -3,24 +3,30 @@
     rank 0     binds a free port at its own address ──► says where, through heturun or MPI
     the others                                      ◄── connect to it
 
-Under torchrun and srun the place is agreed beforehand.
+Under torchrun and srun the place is agreed beforehand. What goes through the store is sealed with the job's key
+(`pipeline.sealed_store`): heturun's, HETURUN_KEY, or under mpirun one that rank 0 gives out through MPI.
 """
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import Forged, PeerLost, UserError
 from pipeline.identity import Identity, import_mpi
+from pipeline.outside import parse_json
+from pipeline.sealed_store import job_key, sealed
 
 STORE_KEY = "store"
 _EXCHANGE_BYTES = 4096
@@ -169,74 +175,119 @@ def set_interface(environment: MutableMapping[str, str], address: str, here: Net
         environment.setdefault(name, interface)
 
 
-def open_store(me: Identity, control: Channel | None, *, timeout_s: float, rank_zero: str) -> tuple[Store, str]:
-    """The store that rank 0 holds, connected, and this process's own address; sets the interface variables.
+class Meeting(NamedTuple):
+    """Where processes have met. Keep it while the store is used: C++ does not keep Python's objects.
+
+    `address` is this process's own; `key` is the job's, or None where nobody gave one, so that the store is open.
+    """
+
+    store: Store
+    address: str
+    key: bytes | None
+
+
+def open_store(me: Identity, control: Channel | None, *, timeout_s: float, rank_zero: str) -> Meeting:
+    """The store that rank 0 holds, connected; sets the interface variables.
 
     Raises:
         PeerLost: rank 0 (described by `rank_zero`) did not appear in time.
-        UserError: the addresses or ports cannot be used.
+        UserError: the addresses, ports or the key cannot be used.
     """
-    here = networks()
+    here, key = networks(), job_key(os.environ)
     if me.meeting is not None:
         towards = me.meeting[0] if me.rank else None
         address = choose_address(os.environ, here, one_host=me.one_host, towards=towards)
         set_interface(os.environ, address, here)
-        return _agreed_store(me, me.meeting, timeout_s=timeout_s, rank_zero=rank_zero), address
-    if control is not None:
+        store = _agreed_store(me, me.meeting, address, here, timeout_s=timeout_s, rank_zero=rank_zero)
+    elif control is not None:
         address = choose_address(os.environ, here, one_host=me.one_host, towards=None)
         set_interface(os.environ, address, here)
-        return _published_store(me, control, address, timeout_s=timeout_s, rank_zero=rank_zero), address
-    return _mpi_store(me, here, timeout_s=timeout_s, rank_zero=rank_zero)
+        store = _published_store(control, STORE_KEY, address, serves=me.rank == 0, timeout_s=timeout_s, who=rank_zero)
+    else:
+        store, address, key = _mpi_store(me, here, key, timeout_s=timeout_s, rank_zero=rank_zero)
+    return Meeting(sealed(store, key), address, key)
 
 
-def _agreed_store(me: Identity, place: tuple[str, int], *, timeout_s: float, rank_zero: str) -> Store:
+def read_value(store: Store, name: str) -> Any:
+    """The JSON value under a name that is there.
+
+    Raises:
+        Forged: what is there is no JSON, or not sealed with the job's key.
+    """
+    try:
+        return parse_json(store.get(name))
+    except ValueError as error:
+        raise Forged(f"no process of this job wrote what the store has under {name!r}: {error}") from None
+
+
+def _agreed_store(
+    me: Identity, place: tuple[str, int], address: str, here: Networks, *, timeout_s: float, rank_zero: str
+) -> Store:
     """The store at MASTER_ADDR and MASTER_PORT: rank 0's, or torchrun's own."""
-    serves = me.rank == 0 and not me.hosted
-    try:
-        return _connect(place, timeout_s=timeout_s, rank_zero=rank_zero, serves=serves)
-    except PeerLost as error:
-        if serves and "in use" in str(error.__cause__).lower():
-            raise UserError(f"port {place[1]} is in use on this host; set MASTER_PORT to a free one") from error
-        raise
+    if me.rank or me.hosted:
+        return _connect(place, timeout_s=timeout_s, rank_zero=rank_zero)
+    host = listening_address(place[0], address, here, one_host=me.one_host)
+    return _serve(host, timeout_s, port=place[1])[0]
 
 
-def _published_store(me: Identity, control: Channel, address: str, *, timeout_s: float, rank_zero: str) -> Store:
+def listening_address(agreed: str, address: str, here: Networks, *, one_host: bool) -> str:
+    """Where rank 0 listens: at the one of its addresses that MASTER_ADDR means to the others, and at no other.
+
+    Args:
+        agreed: MASTER_ADDR, which a host's own name service may take for its loopback (127.0.1.1 on stock Debian), or
+            which is not of this host, where something in between passes connections on.
+        address: this process's own; taken where the agreed one does not tell.
+    """
+    found: list[str] = []
+    with suppress(OSError):  # not even known here: the others may know better
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(agreed, None, type=socket.SOCK_STREAM)]
+    loopback = {each: ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in found}
+    mine = [each for each in found if loopback[each] or here.owner(each) is not None]
+    for each in mine:
+        if loopback[each] == one_host:
+            return each
+    return mine[0] if one_host and mine else address
+
+
+def _published_store(control: Channel, name: str, address: str, *, serves: bool, timeout_s: float, who: str) -> Store:
+    """A store of which the one who serves it (`who`, in words) says through the launcher where it is."""
     try:
-        if me.rank == 0:
+        if serves:
             store, place = _serve(address, timeout_s)
-            control.publish(STORE_KEY, json.dumps(place))
+            control.publish(name, json.dumps(place))
             return store
-        host, port = json.loads(control.lookup(STORE_KEY, timeout_s=timeout_s))
+        host, port = json.loads(control.lookup(name, timeout_s=timeout_s))
     except ConnectionError as error:
         raise PeerLost(f"the launcher went away: {error}") from error
     except TimeoutError as error:
-        raise PeerLost(f"waited {timeout_s:g} s for {rank_zero} to say where it listens") from error
-    return _connect((host, port), timeout_s=timeout_s, rank_zero=rank_zero)
+        raise PeerLost(f"waited {timeout_s:g} s for {who} to say where it listens") from error
+    return _connect((host, port), timeout_s=timeout_s, rank_zero=who)
 
 
 def pipeline_store(
     control: Channel, address: str, here: Networks, *, name: str, serves: bool, timeout_s: float
 ) -> Store:
-    """A store of one pipeline, held by its first stage; sets the interface variables.
+    """A store of one pipeline, held by its first stage; sets the interface variables. Keep it while it is used.
 
     Raises:
         PeerLost: the first stage did not say in time where it is.
     """
     set_interface(os.environ, address, here)
-    try:
-        if serves:
-            store, place = _serve(address, timeout_s)
-            control.publish(f"{STORE_KEY} of {name}", json.dumps(place))
-            return store
-        host, port = json.loads(control.lookup(f"{STORE_KEY} of {name}", timeout_s=timeout_s))
-    except ConnectionError as error:
-        raise PeerLost(f"the launcher went away: {error}") from error
-    except TimeoutError as error:
-        raise PeerLost(f"waited {timeout_s:g} s for the first stage of {name} to say where it listens") from error
-    return _connect((host, port), timeout_s=timeout_s, rank_zero=f"the first stage of {name}")
+    store = _published_store(
+        control,
+        f"{STORE_KEY} of {name}",
+        address,
+        serves=serves,
+        timeout_s=timeout_s,
+        who=f"the first stage of {name}",
+    )
+    return sealed(store, job_key(os.environ))
 
 
-def _mpi_store(me: Identity, here: Networks, *, timeout_s: float, rank_zero: str) -> tuple[Store, str]:
+def _mpi_store(
+    me: Identity, here: Networks, key: bytes | None, *, timeout_s: float, rank_zero: str
+) -> tuple[Store, str, bytes]:
+    """Rank 0's store, this process's address, and the job's key: rank 0 makes one where HETURUN_KEY gives none."""
     address = _LOCAL_ADDRESS
     if not me.one_host:
         everyone = exchange(list(here.reachable()), timeout_s=timeout_s)
@@ -244,22 +295,35 @@ def _mpi_store(me: Identity, here: Networks, *, timeout_s: float, rank_zero: str
         if me.rank:
             address = choose_address(os.environ, here, one_host=False, towards=address)
     set_interface(os.environ, address, here)
-    store, place = _serve(address, timeout_s) if me.rank == 0 else (None, None)
-    place = exchange(place, timeout_s=timeout_s)[0]
+    store, told = None, None
+    if me.rank == 0:
+        store, place = _serve(address, timeout_s)
+        told = [*place, None if key else secrets.token_hex(32)]
+    host, port, made = exchange(told, timeout_s=timeout_s)[0]
     if store is None:
-        store = _connect((place[0], place[1]), timeout_s=timeout_s, rank_zero=rank_zero)
-    return store, address
+        store = _connect((host, port), timeout_s=timeout_s, rank_zero=rank_zero)
+    return store, address, bytes.fromhex(made) if made else _same_key(key)
 
 
-def _serve(address: str, timeout_s: float) -> tuple[Store, tuple[str, int]]:
-    """A store at a free port of that address only."""
+def _same_key(key: bytes | None) -> bytes:
+    if key is None:
+        raise UserError("HETURUN_KEY is set on rank 0 only; give it to every process, as with mpirun -x HETURUN_KEY")
+    return key
+
+
+def _serve(address: str, timeout_s: float, *, port: int = 0) -> tuple[Store, tuple[str, int]]:
+    """A store at that address only, at a free port or the given one."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.bind((address, 0))
+        if port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier job has just left it
+        listener.bind((address, port))
         listener.listen(1024)
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use on this host; set MASTER_PORT to a free one") from error
         raise UserError(f"cannot listen at {address}: {error}; correct `address` in the cluster file") from error
     port = listener.getsockname()[1]
     store = TCPStore(
@@ -273,10 +337,10 @@ def _serve(address: str, timeout_s: float) -> tuple[Store, tuple[str, int]]:
     return store, (address, port)
 
 
-def _connect(place: tuple[str, int], *, timeout_s: float, rank_zero: str, serves: bool = False) -> Store:
+def _connect(place: tuple[str, int], *, timeout_s: float, rank_zero: str) -> Store:
     timeout = timedelta(seconds=timeout_s)
     try:
-        return TCPStore(place[0], place[1], is_master=serves, timeout=timeout, wait_for_workers=False)
+        return TCPStore(place[0], place[1], is_master=False, timeout=timeout, wait_for_workers=False)
     except RuntimeError as error:
         raise PeerLost(f"waited {timeout_s:g} s for {rank_zero} at {place[0]}, port {place[1]}") from error
 
@@ -296,4 +360,4 @@ def exchange(value: Any, *, timeout_s: float) -> list[Any]:
             raise PeerLost(f"waited {timeout_s:g} s for the other MPI ranks to start")
         time.sleep(_PAUSE_S)
     pieces = range(0, len(everyone), _EXCHANGE_BYTES)
-    return [json.loads(everyone[at : at + _EXCHANGE_BYTES]) for at in pieces]
+    return [parse_json(everyone[at : at + _EXCHANGE_BYTES]) for at in pieces]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import Forged, PeerLost, UserError
+from pipeline.json_exchange import gather_values
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,10 @@ class Team:
                     tensor.copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
 
     def gather(self, value: Any, device: torch.device) -> list[Any]:
-        """What each process of the team gave, in the order of `ranks`; NCCL sends it over `device`."""
-        if self.handle is None:
-            return [value]
-        found: list[Any] = [None] * len(self.ranks)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), self._waiting("its settings"):
-            dist.all_gather_object(found, value, group=self.handle)
-        return found
+        """What each process gave, as JSON, in the order of `ranks`; sent over `device` if NCCL needs one."""
+        by_gpu = self.handle is not None and "cpu:" not in dist.get_backend_config(self.handle)
+        with self._waiting("its settings"):
+            return gather_values(value, self.handle, device=device if by_gpu else torch.device("cpu"))
 
     def check_devices(self, tensors: Sequence[Tensor]) -> None:
         """Raises `UserError` where the process group has no backend for a tensor's device."""
@@ -82,6 +80,8 @@ class Team:
     def _waiting(self, what: str) -> Iterator[None]:
         try:
             yield
+        except Forged:
+            raise
         except RuntimeError as error:
             raise PeerLost(f"rank {self.rank} waited for {what} of ranks {list(self.ranks)}: {error}") from error
 

@@ -20,24 +20,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from heturun.cores import granted, own_cores
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import Forged, PeerLost, UserError
 from pipeline.failures import abort_mpi, control_channel, is_secondary, report_failures
 from pipeline.hetero import Place
 from pipeline.identity import Identity, identify, import_mpi
-from pipeline.meeting import Channel, open_store
+from pipeline.json_exchange import broadcast_value, gather_values, gather_values_at
+from pipeline.meeting import Channel, Meeting, open_store, read_value
 from pipeline.placement import LOCAL, Device, Placement, gpu, load_placement
 from pipeline.progress import Progress, make_progress
 
 __all__ = ["World", "abort_mpi", "control_channel", "join_world", "report_failures"]
 
-T = TypeVar("T")
 _PARTING_S = 10.0  # how long rank 0 keeps the store for the others when the job is over
 
 
@@ -83,7 +83,7 @@ def _wrong_size(me: Identity, placement: Placement) -> str:
 
 
 @dataclass(frozen=True)
-class _Peer:
+class Peer:
     """What every process says of itself when it joins."""
 
     host: str
@@ -95,20 +95,31 @@ class _Peer:
         return json.dumps([self.host, self.cuda, self.shares_gpu, self.cores])
 
     @staticmethod
-    def from_text(text: str) -> _Peer:
-        host, cuda, shares_gpu, cores = json.loads(text)
-        return _Peer(host, cuda, shares_gpu, tuple(cores))
+    def of(values: Any, rank: int) -> Peer:
+        """The inverse of `to_text`, of values that may have come from anybody."""
+        try:
+            host, cuda, shares_gpu, cores = values
+            return Peer(str(host), bool(cuda), bool(shares_gpu), tuple(int(core) for core in cores))
+        except (TypeError, ValueError):
+            raise Forged(f"what joined as rank {rank} is no process of this job: it said {values!r:.60}") from None
 
 
-def nccl_fails(peers: Sequence[_Peer]) -> bool:
+def nccl_fails(peers: Sequence[Peer]) -> bool:
     """Whether GPUs are used in a way that NCCL cannot serve: several ranks on one, or a rank without any."""
     return any(peer.cuda for peer in peers) and not all(peer.cuda and not peer.shares_gpu for peer in peers)
 
 
-def is_oversubscribed(peers: Sequence[_Peer], host: str, *, quota: float) -> bool:
-    """Whether a host has more ranks than cores: those that any of its ranks may run on, and no more than the quota."""
+def is_oversubscribed(peers: Sequence[Peer], host: str, *, quota: float, ranks: int = 0) -> bool:
+    """Whether a host has more ranks than cores: those that any of its ranks may run on, and no more than the quota.
+
+    Args:
+        ranks: how many there are on this host, where `peers` are not all; these are thought to share the cores of the
+            peers unless those have been given different ones.
+    """
     here = [peer for peer in peers if peer.host == host]
-    return len(here) > min(len({core for peer in here for core in peer.cores}), quota)
+    cores = len({core for peer in here for core in peer.cores})
+    together = len({peer.cores for peer in here}) == 1
+    return max(len(here), ranks if together else 0) > cores or max(len(here), ranks) > quota
 
 
 def add_rows(rows: Collection[Mapping[str, float]]) -> dict[str, float]:
@@ -139,6 +150,8 @@ class World:
         self._hosts = tuple(worker.device.host for worker in self._workers)
         self.control = control
         self._store: Any = None
+        self._meeting: Meeting | None = None
+        self._job_key: bytes | None = None  # the job's, if there is one; known after the meeting
         self._replicas: Any = None
         self._pipeline_group: Any = None
         self._last_row: Any = None
@@ -192,35 +205,49 @@ class World:
             return
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        store, self.address = open_store(
-            self.identity, self.control, timeout_s=self.timeout_s, rank_zero=self._name([0])
-        )
-        self._store = PrefixStore(f"heturun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        peers = self._wait_for_all()
+        store = self._meet(self.control)
+        peers = self._wait_for_all(store, range(self.size))
         self._hosts = tuple(peer.host for peer in peers)
         self._check_hosts()
-        self.shares_gpu = nccl_fails(peers)  # from here on of the whole job: all ranks must choose alike
-        self.oversubscribed = is_oversubscribed(peers, self.host, quota=granted())
-        self.uses_nccl = self.device.type == "cuda" and not self.shares_gpu and dist.is_nccl_available()
+        self._judge(peers, is_oversubscribed(peers, self.host, quota=granted()))
         with self._waiting("connecting", range(self.size)):
             dist.init_process_group(
                 "gloo",
-                store=PrefixStore("torch", self._store),
+                store=PrefixStore("torch", store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=self.timeout_s),
             )
             self._make_groups()
 
-    def _wait_for_all(self) -> list[_Peer]:
-        keys = [f"joined/{rank}" for rank in range(self.size)]
-        mine = _Peer(self.host, self.device.type == "cuda", self.shares_gpu, own_cores())
+    def _judge(self, peers: Sequence[Peer], oversubscribed: bool) -> None:
+        """What all of these peers, who exchange tensors, must choose alike."""
+        self.shares_gpu, self.oversubscribed = nccl_fails(peers), oversubscribed
+        self.uses_nccl = self.device.type == "cuda" and not self.shares_gpu and dist.is_nccl_available()
+
+    def _meet(self, control: Channel | None) -> Any:
+        """Opens the store that all processes of the job share, and returns it."""
+        meeting = open_store(self.identity, control, timeout_s=self.timeout_s, rank_zero=self._name([0]))
+        self._meeting = meeting  # kept while its store is used
+        self.address, self._job_key = meeting.address, meeting.key
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"heturun/{restarts}", meeting.store)
+        return self._store
+
+    def _peer(self) -> Peer:
+        return Peer(self.host, self.device.type == "cuda", self.shares_gpu, own_cores())
+
+    def _wait_for_all(self, store: Any, ranks: Sequence[int]) -> list[Peer]:
+        """What each of these ranks, this one among them, says of itself in the store."""
+        keys = {rank: f"joined/{rank}" for rank in ranks}
         try:
-            self._store.set(keys[self.rank], mine.to_text())
-            self._store.wait(keys, timedelta(seconds=self.timeout_s))
-            return [_Peer.from_text(self._store.get(key).decode()) for key in keys]
+            store.set(keys[self.rank], self._peer().to_text())
+            store.wait(list(keys.values()), timedelta(seconds=self.timeout_s))
+            return [Peer.of(read_value(store, key), rank) for rank, key in keys.items()]
+        except Forged:
+            raise
         except RuntimeError as error:
-            missing = self._missing(lambda rank: bool(self._store.check([keys[rank]])), range(self.size))
+            missing = self._missing(lambda rank: bool(store.check([keys[rank]])), ranks)
             raise PeerLost(f"{missing} not joined after {self.timeout_s:g} s") from error
 
     def _missing(self, is_here: Callable[[int], bool], ranks: Iterable[int]) -> str:
@@ -258,7 +285,7 @@ class World:
             self._replicas = columns[self.stage]
             self._last_row = self._group([self._rank_of(p, self.num_stages - 1) for p in pipelines])
         if self.num_stages > 1:
-            rows = [self._group([self._rank_of(p, s) for s in stages]) for p in pipelines]
+            rows = [self._group(row) for row in self.rows_of_ranks.values()]
             self._pipeline_group = rows[self.pipeline]
 
     def _group(self, ranks: Sequence[int], backend: str = "gloo") -> Any:
@@ -277,6 +304,12 @@ class World:
     def pipeline_group(self) -> dist.ProcessGroup | None:
         """The stages of this pipeline; None if it is one stage."""
         return None if self.num_stages == 1 else _connected(self._pipeline_group, True)
+
+    @property
+    def rows_of_ranks(self) -> dict[int, list[int]]:
+        """Pipeline -> its stages' ranks in torch.distributed, of all pipelines that make their groups together."""
+        stages, pipelines = range(self.num_stages), range(self.num_pipelines)
+        return {pipeline: [self._rank_of(pipeline, stage) for stage in stages] for pipeline in pipelines}
 
     def pipeline_comm(self) -> Any:
         """The mpi4py communicator whose rank s is stage s of this pipeline, or None without MPI; all ranks call it."""
@@ -307,7 +340,7 @@ class World:
         """The generation of this pipeline, and those of all; without losses there is one."""
         return 0, {}
 
-    # --- values from and to others
+    # --- values from and to others: JSON, so that tuples come back as lists; a UserError is raised on all ranks
 
     def sum_over_pipelines(self, sums: dict[str, float]) -> dict[str, float]:
         """The sum of each value over the last stages of all pipelines, who all call it; a missing key counts as 0."""
@@ -315,36 +348,29 @@ class World:
             return dict(sums)
         last = self.num_stages - 1
         ranks = [self._rank_of(pipeline, last) for pipeline in range(self.num_pipelines)]
-        rows: list[Any] = [None] * self.num_pipelines
         with self._waiting("adding up metrics", ranks):
-            dist.all_gather_object(rows, sums, group=self.last_row())
-        return add_rows(rows)
+            return add_rows(gather_values(sums, self.last_row()))
 
-    def from_last_stage(self, value: T) -> T:
+    def from_last_stage(self, value: Any) -> Any:
         """The last stage's `value`; called by all stages of a pipeline."""
         if self.num_stages == 1:
-            return value
-        last = self._rank_of(self.pipeline, self.num_stages - 1)
-        return self._broadcast(value, last, "a value of the last stage", group=self.pipeline_group())
+            return broadcast_value(value, None, source=0)
+        last = self.num_stages - 1
+        with self._waiting("a value of the last stage", [self._rank_of(self.pipeline, last)]):
+            return broadcast_value(value, self.pipeline_group(), source=last)
 
-    def broadcast_from_zero(self, value: T) -> T:
+    def broadcast_from_zero(self, value: Any) -> Any:
         """Rank 0's `value`; called by all."""
-        return value if self.size == 1 else self._broadcast(value, 0, "a value of rank 0", group=None)
+        with self._waiting("a value of rank 0", [0]):
+            return broadcast_value(value, self._everyone(), source=0)
 
-    def _broadcast(self, value: T, source: int, what: str, *, group: dist.ProcessGroup | None) -> T:
-        box = [value]
-        with self._waiting(what, [source]):
-            dist.broadcast_object_list(box, src=source, group=group, device=torch.device("cpu"))
-        return box[0]
-
-    def gather_to_zero(self, value: T) -> list[T] | None:
+    def gather_to_zero(self, value: Any) -> list[Any] | None:
         """Every rank's `value` in the order of ranks, on rank 0; None on the others. Called by all."""
-        if self.size == 1:
-            return [value]
-        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with self._waiting("gathering results", range(self.size)):
-            dist.gather_object(value, gathered, dst=0)
-        return gathered
+            return gather_values_at(value, self._everyone(), receiver=0)
+
+    def _everyone(self) -> dist.ProcessGroup | None:
+        return None if self.size == 1 else dist.group.WORLD
 
     def any_of(self, mine: bool) -> bool:
         """Whether any rank says so, when all have come: here all must live, so rank 0, who gathers, is among them."""
@@ -364,7 +390,8 @@ class World:
         self._visits[key] += 1
         visit = self._visits[key]
         try:
-            self._store.set(f"{key}{self.rank}", str(visit))
+            if self._store is not None:
+                self._store.set(f"{key}{self.rank}", str(visit))
             yield
         except RuntimeError as error:
             if isinstance(error, PeerLost) or not is_secondary(error):
@@ -375,7 +402,8 @@ class World:
             raise PeerLost(f"{what}: {missing} {waited} ({why})") from error
 
     def _visit(self, key: str) -> int:
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+        found = read_value(self._store, key) if self._store.check([key]) else 0
+        return found if isinstance(found, int) else 0
 
     # --- the rest
 
@@ -393,7 +421,7 @@ class World:
             return
         self._part()
         dist.destroy_process_group()
-        self._store = self._replicas = self._pipeline_group = self._last_row = None
+        self._store = self._replicas = self._pipeline_group = self._last_row = self._meeting = None
 
     def _part(self) -> None:
         """Rank 0, who holds the store, leaves last; a peer that dies now no longer matters."""

@@ -110,6 +110,7 @@ FLOORS = {
     "pipeline.progress": 3,
     "pipeline.report": 3,
     "pipeline.rounds": 3,
+    "pipeline.sealed_store": 3,
     "pipeline.team": 3,
     "pipeline.training": 3,
     "pipeline.transport": 3,

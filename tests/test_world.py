@@ -20,7 +20,7 @@ from pipeline.identity import first_host, identify, tasks_on_node
 from pipeline.meeting import Networks, choose_address, common_address, networks, set_interface
 from pipeline.placement import load_placement
 from pipeline.progress import make_progress
-from pipeline.world import _Peer, is_oversubscribed, join_world, nccl_fails
+from pipeline.world import Peer, is_oversubscribed, join_world, nccl_fails
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -116,7 +116,8 @@ def check_two_by_two(directory: Path) -> list[dict[str, object]]:
 
 
 def test_four_processes_with_torchruns_variables_talk_along_rows_and_columns(tmp_path: Path) -> None:
-    jobs = [start(tmp_path, TALK, LAYOUT="local_2x2", **each) for each in ranks_as_torchrun(4)]
+    job = ranks_as_torchrun(4, HETURUN_KEY="ab" * 32)  # what they say in the store is sealed
+    jobs = [start(tmp_path, TALK, LAYOUT="local_2x2", **each) for each in job]
     assert [finish(job) for job in jobs] == [(0, "")] * 4
     assert {each["launcher"] for each in check_two_by_two(tmp_path)} == {"torchrun"}
 
@@ -360,7 +361,7 @@ def test_a_rank_zero_that_never_publishes_is_named_and_not_our_fault(tmp_path: P
 
 def test_nccl_serves_only_if_every_rank_has_a_gpu_of_its_own() -> None:
     own, shared, none = (
-        _Peer("w0", cuda, shares, (0,)) for cuda, shares in ((True, False), (True, True), (False, False))
+        Peer("w0", cuda, shares, (0,)) for cuda, shares in ((True, False), (True, True), (False, False))
     )
     assert not nccl_fails([own, own]) and not nccl_fails([none, none])
     assert nccl_fails([own, shared, shared])
@@ -368,11 +369,16 @@ def test_nccl_serves_only_if_every_rank_has_a_gpu_of_its_own() -> None:
 
 
 def test_cores_are_those_that_the_ranks_of_a_host_may_use_together() -> None:
-    bound = [_Peer("w0", False, False, (core,)) for core in (0, 1)]  # as mpirun binds them
-    pinned = [_Peer("w1", False, False, (4, 5))] * 3  # as in a container of two cores
+    bound = [Peer("w0", False, False, (core,)) for core in (0, 1)]  # as mpirun binds them
+    pinned = [Peer("w1", False, False, (4, 5))] * 3  # as in a container of two cores
     assert not is_oversubscribed([*bound, *pinned], "w0", quota=64)
     assert is_oversubscribed([*bound, *pinned], "w1", quota=64)
     assert is_oversubscribed(bound, "w0", quota=1.5)
+    # of a pipeline's ranks among others of the host: they share its cores, or have been given cores of their own
+    assert is_oversubscribed([Peer("w0", False, False, (0, 1, 2))] * 2, "w0", quota=64, ranks=4)
+    assert not is_oversubscribed([Peer("w0", False, False, (0, 1, 2, 3))] * 2, "w0", quota=64, ranks=4)
+    assert not is_oversubscribed(bound[:2], "w0", quota=64, ranks=4)
+    assert is_oversubscribed(bound[:2], "w0", quota=3, ranks=4)
 
 
 # --- who started us

@@ -90,12 +90,11 @@ def _nccl_carrier(world: World, edges: Collection[tuple[int, int]]) -> NcclCarri
     from pipeline.transport.nccl import NcclCarrier
 
     groups: dict[tuple[int, int], dist.ProcessGroup] = {}
-    for pipeline in range(world.num_pipelines):
-        ranks = [pipeline * world.num_stages + stage for stage in range(world.num_stages)]
+    rows = world.rows_of_ranks
+    for pipeline, ranks in rows.items():
         for source, to in sorted(edges):
             group = dist.new_group([ranks[source], ranks[to]], backend="nccl")
             if pipeline == world.pipeline and world.stage in (source, to):
                 assert isinstance(group, dist.ProcessGroup)
                 groups[source, to] = group
-    mine = [world.pipeline * world.num_stages + stage for stage in range(world.num_stages)]
-    return NcclCarrier(groups, stage=world.stage, ranks=mine, device=world.device)
+    return NcclCarrier(groups, stage=world.stage, ranks=rows[world.pipeline], device=world.device)
