@@ -74,3 +74,12 @@ def test_all_workers_as_threads_of_one_process(tmp_path: Path) -> None:
     options: dict[str, Any] = {"partition": "4,4", "task": {"train_size": 64}, "momentum": 0.0, "epochs": 1}
     heturun(tmp_path, "local_2x2", launcher="threads", **options)
     assert len(summary(tmp_path)["ranks"]) == 4 and all(loss < 10 for loss in losses(tmp_path))
+
+
+@pytest.mark.parametrize("launcher", ["threads", pytest.param("local", marks=thorough)])
+def test_a_mistake_that_rank_zero_finds_ends_every_rank_with_that_one_line(tmp_path: Path, launcher: str) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    options: dict[str, Any] = {"preduce": True, "profile": str(tmp_path / "bad.json"), "status": 2}
+    lines = heturun(tmp_path, "local_2x2", launcher=launcher, **options).splitlines()
+    assert lines[-1].startswith(f"{tmp_path}/bad.json is not a profile") and "Traceback" not in "".join(lines)
+    assert "all replicas are gone" not in "".join(lines)
