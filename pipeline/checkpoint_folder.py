@@ -22,13 +22,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pipeline.description import Description, from_text
+from pipeline.description import HEAD_BYTES, Head, head
 from pipeline.durable import replacing, sync_folder, write_bytes
 
 VALUES_FILE = "checkpoint.json"
 POINTER = "latest"
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
-_UNFINISHED = re.compile(r"\.(?:step-.*|latest)\.tmp-(?:([0-9a-f]+)\.p(\d+)\.g(\d+)\.)?[0-9a-f]+")
+_UNFINISHED = re.compile(r"\.(?:step-.*|latest|lock)\.tmp-(?:([0-9a-f]+)\.p(\d+)\.g(\d+)\.)?[0-9a-f]+")
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -115,30 +115,27 @@ def checkpoints(directory: Path) -> list[Path]:
     for path in directory.iterdir() if directory.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and (path / VALUES_FILE).is_file():
-            described = described_in(path)
-            number = 0 if described is None else described.number
-            found.append((number, int(match[1]), int(match[2] or 1), path))
+            found.append((head_of(path).number, int(match[1]), int(match[2] or 1), path))
     return [path for *_, path in sorted(found)]
 
 
-def described_in(checkpoint: Path) -> Description | None:
-    """What a checkpoint says of itself; None where that cannot be read."""
+def head_of(checkpoint: Path) -> Head:
+    """Run, job, number and step of a checkpoint, without its values."""
     try:
-        return from_text((checkpoint / VALUES_FILE).read_bytes())
-    except (OSError, ValueError):
-        return None
+        with open(checkpoint / VALUES_FILE, "rb") as file:
+            return head(file.read(HEAD_BYTES))
+    except OSError:  # it goes just now, or cannot be read: it is no run's
+        return head(b"")
 
 
 def run_of(checkpoint: Path) -> str:
     """The run that wrote a checkpoint; "" where that is not known."""
-    described = described_in(checkpoint)
-    return "" if described is None else described.run
+    return head_of(checkpoint).run
 
 
 def next_number(directory: Path) -> int:
     """The number of the next checkpoint."""
-    described = [described_in(path) for path in checkpoints(directory)]
-    return 1 + max((one.number for one in described if one is not None), default=0)
+    return 1 + max((head_of(path).number for path in checkpoints(directory)), default=0)
 
 
 def _unfinished_name(name: str, writer: Writer) -> str:
@@ -172,8 +169,8 @@ def _pointed(directory: Path) -> Path | None:
 def _is_behind(directory: Path, step: int, writer: Writer) -> bool:
     """Whether the same job has come further: this writer stood still in the middle of a checkpoint."""
     pointed = _pointed(directory)
-    described = None if pointed is None else described_in(pointed)
-    return described is not None and described.job == writer.job and described.step > step
+    newest = None if pointed is None else head_of(pointed)
+    return newest is not None and newest.job == writer.job and newest.step > step
 
 
 def _point(directory: Path, name: str, writer: Writer) -> None:

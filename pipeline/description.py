@@ -11,15 +11,20 @@ written. Format 1 had no run, job, number and sum.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.durable import FileSum
 from pipeline.outside import parse_json
 
 FORMAT = 2
+HEAD_BYTES = 512
+_HEAD = re.compile(
+    rb'^\{\s*"format": 2,\s*"run": "([^"\\]*)",\s*"job": "([^"\\]*)",\s*"number": (\d+),\s*"step": (\d+),'
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,23 @@ class Description:
     run: str = ""
     job: str = ""
     number: int = 0
+
+
+class Head(NamedTuple):
+    """What stands before the values, which may be long."""
+
+    run: str
+    job: str
+    number: int
+    step: int
+
+
+def head(text: bytes) -> Head:
+    """The head of a checkpoint.json from its first `HEAD_BYTES`; of format 1 there is none, which is no run's."""
+    match = _HEAD.search(text)
+    if match is None:
+        return Head("", "", 0, 0)
+    return Head(match[1].decode(), match[2].decode(), int(match[3]), int(match[4]))
 
 
 def to_text(described: Description) -> str:

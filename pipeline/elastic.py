@@ -390,7 +390,7 @@ class ElasticTrainer(Trainer):
                 write()
             written = self.world.anybody("written", mine)
             if not written:
-                self.saver = min(self.world.live_pipelines())
+                self.saver = min(self.world.live_pipelines(), default=self.saver)
 
     def may_write(self) -> None:
         if self._deserted:  # there is nobody to ask, and no other who would write

@@ -50,7 +50,19 @@ class Owner(NamedTuple):
 
     @property
     def words(self) -> str:
-        return f"process {self.pid} on {self.host.split()[0]}, since {self.since}"
+        return f"process {self.pid} on {self.host.partition(' ')[0]}, since {self.since}"
+
+
+class _Found(NamedTuple):
+    """A lock as it lies there: the number of its file, and when it was touched."""
+
+    owner: Owner | None
+    number: int
+    touched: float
+
+    @property
+    def state(self) -> tuple[int, float]:
+        return self.number, self.touched
 
 
 def this_process(job: str, run: str, *, shared: bool) -> Owner:
@@ -122,9 +134,12 @@ class FolderLock:
     def release(self) -> None:
         """Gives it back, if it is the job's."""
         self.stop()
-        owner = self._read()
-        if owner is not None and owner.job == self.job:
-            self.path.unlink(missing_ok=True)
+        try:
+            found = self._look()
+            if found is not None and found.owner is not None and found.owner.job == self.job:
+                self._take_away(found)
+        except OSError as error:  # what was written stays, whatever becomes of the lock
+            sys.stderr.write(f"warning: the lock {self.path} cannot be given back: {error}\n")
 
     def stop(self) -> None:
         """Touches it no more; it lasts for a moment, or for as long as others of the job touch it."""
@@ -134,8 +149,8 @@ class FolderLock:
     def _keep(self) -> None:
         while not self._over.wait(TOUCH_S):
             try:
-                owner = self._read() if self._touches() else None
-                if owner is not None and owner.job == self.job:
+                found = self._look() if self._touches() else None
+                if found is not None and found.owner is not None and found.owner.job == self.job:
                     os.utime(self.path)
             except FileNotFoundError:
                 continue  # another of the job has released it
@@ -160,25 +175,25 @@ class FolderLock:
         Raises:
             UserError: it is another job's.
         """
-        first, told = self._state(), False
+        first, told = self._look(), False
         deadline = self._clock() + DEAD_S + SILENT_S
         while first is not None:
-            owner, state = self._read(), self._state()
-            if state is None:
+            found = self._look()
+            if found is None:
                 break
-            alive = owner is not None and owner.host == this_host() and _lives(owner)
-            age_s = self._now() - state[1]
-            verdict = judge(owner, job=self.job, here=this_host(), alive=alive, age_s=age_s)
+            owner, here = found.owner, this_host()
+            alive = owner is not None and owner.host == here and _lives(owner)
+            verdict = judge(owner, job=self.job, here=here, alive=alive, age_s=self._now() - found.touched)
             if verdict == "ours":
                 return owner
-            if verdict == "held" or state != first or self._clock() > deadline:
+            if verdict == "held" or found.state != first.state or self._clock() > deadline:
                 raise UserError(
                     f"--checkpoint {self._directory}: another job writes there "
                     f"({'its lock is new' if owner is None else owner.words}); "
                     "give this one a folder of its own, or end that one first"
                 )
             if verdict == "free":
-                self._take_away(state)
+                self._take_away(found)
                 break
             if not told:
                 told = True
@@ -186,46 +201,45 @@ class FolderLock:
             self._sleep(LOOK_S)
         return None
 
-    def _take_away(self, judged: tuple[int, float]) -> None:
+    def _take_away(self, judged: _Found) -> None:
         """Removes the lock that was judged; another that has come meanwhile is put back."""
         aside = self.path.with_name(f"{NAME}.{secrets.token_hex(8)}")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return  # somebody else was quicker
-        found = os.stat(aside)
-        if (found.st_ino, found.st_mtime) != judged:
+        found = _look_at(aside)
+        if found is not None and (found.owner, found.number) != (judged.owner, judged.number):
             with suppress(FileExistsError):
                 os.link(aside, self.path)
         os.unlink(aside)
 
-    def _read(self) -> Owner | None:
-        try:
-            fields = parse_json(self.path.read_bytes())
-            return Owner(
-                str(fields["job"]), str(fields["run"]), str(fields["host"]) or "?", int(fields["pid"]),
-                float(fields["began"]), str(fields["since"]), bool(fields["shared"]),
-            )  # fmt: skip
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-
-    def _state(self) -> tuple[int, float] | None:
-        """Which file it is, and when it was touched."""
-        try:
-            with open(self.path, "rb") as file:  # opened: a network's file system then asks its server
-                found = os.fstat(file.fileno())
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime
+    def _look(self) -> _Found | None:
+        return _look_at(self.path)
 
     def _now(self) -> float:
         """The time of the file system's clock."""
-        probe = self.path.with_name(f"{NAME}.{secrets.token_hex(8)}")
-        try:
-            probe.touch()
-            return probe.stat().st_mtime
-        finally:
+        probe = self.path.with_name(f"{NAME}.tmp-{secrets.token_hex(8)}")
+        with open(probe, "xb") as file:
             probe.unlink(missing_ok=True)
+            return os.fstat(file.fileno()).st_mtime
+
+
+def _look_at(path: Path) -> _Found | None:
+    """What is there; the owner is None where the content makes no sense, as in the moment of its writing."""
+    try:
+        with open(path, "rb") as file:  # opened: a network's file system then asks its server
+            state, content = os.fstat(file.fileno()), file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    owner = None
+    with suppress(ValueError, TypeError, KeyError):
+        fields = parse_json(content)
+        owner = Owner(
+            str(fields["job"]), str(fields["run"]), str(fields["host"]), int(fields["pid"]),
+            float(fields["began"]), str(fields["since"]), bool(fields["shared"]),
+        )  # fmt: skip
+    return _Found(owner, state.st_ino, state.st_mtime)
 
 
 def this_host() -> str:

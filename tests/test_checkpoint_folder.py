@@ -9,6 +9,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.checkpoint_folder import Writer, checkpoints, find_latest, is_left_behind, next_number, run_of
+from pipeline.description import HEAD_BYTES, Head, head
 from pipeline.errors import Fenced, UserError
 
 MINE = Writer("5f", run="aa", pipeline=0, generation=1, generations={0: 1, 1: 3})
@@ -16,7 +17,7 @@ MINE = Writer("5f", run="aa", pipeline=0, generation=1, generations={0: 1, 1: 3}
 
 def save(directory: Path, step: int, writer: Writer, *, keep: int = 3, **more: object) -> Path:
     tensors = {"model.w": torch.full((8,), float(step))}
-    return checkpoint.save(directory, step, tensors=tensors, values={}, keep=keep, writer=lambda: writer, **more)
+    return checkpoint.save(directory, step, tensors=tensors, keep=keep, writer=lambda: writer, **{"values": {}, **more})
 
 
 def names(directory: Path) -> list[str]:
@@ -38,6 +39,7 @@ def names(directory: Path) -> list[str]:
 def test_what_is_half_written_goes_when_its_writer_is_gone(mark: str, gone: bool) -> None:
     for name in (f".step-00000009.tmp-{mark}9a01", f".latest.tmp-{mark}9a01", f".step-00000009-2.tmp-{mark}9a01"):
         assert is_left_behind(name, MINE) == gone
+    assert is_left_behind(".lock.tmp-9a01", MINE), "the file that tells the time"
     assert not is_left_behind("step-00000009", MINE) and not is_left_behind(".lock", MINE)
 
 
@@ -102,3 +104,10 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, 2, tensors=tensors, values={}, writer=lambda: MINE, finite=tensors.keys())
         checkpoint.save(tmp_path / "elsewhere", 2, tensors=tensors, values={}, writer=lambda: MINE, finite=["model.n"])
     assert find_latest(tmp_path) == good and names(tmp_path) == ["elsewhere", "latest", "step-00000001"]
+
+
+def test_a_head_is_read_without_the_values(tmp_path: Path) -> None:
+    folder = save(tmp_path, 7, MINE, values={"curve": list(range(100_000))})
+    text = (folder / "checkpoint.json").read_bytes()
+    assert head(text[:HEAD_BYTES]) == head(text) == Head("aa", "5f", 1, 7)
+    assert head(b'{"format": 1, "step": 7}') == head(b"") == Head("", "", 0, 0)
