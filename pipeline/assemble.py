@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.executor import Tie
 from pipeline.models.criterion import Criterion
-from pipeline.models.layered import LayeredModel, build_blocks, draws_random_numbers, locate, tie
+from pipeline.models.layered import LayeredModel, build_blocks, locate, tie
 from pipeline.seeding import GENERATOR_LOCK
 from pipeline.stage import BlockModule, OptimizerFactory, Stage, StageOptions
 
@@ -71,10 +71,7 @@ def make_stage(
             _copy_initial(model, counts, modules, lent, start, seed)
     placed = [module.to(device) for module in modules]
     return Stage(
-        [
-            BlockModule(start + n, model.blocks[start + n].prefix, module, draws_random_numbers(module))
-            for n, module in enumerate(placed)
-        ],
+        [BlockModule(start + n, model.blocks[start + n].prefix, module) for n, module in enumerate(placed)],
         optimizer,
         device=device,
         criterion=criterion if stage == len(counts) - 1 else None,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.batchnorm import DeferredBatchNorm, defer_batch_norm
 from pipeline.models.criterion import Criterion
 from pipeline.optimizer_state import momenta, reset
-from pipeline.seeding import mix, seeded
+from pipeline.seeding import Draws, generators_of, mix
 from pipeline.weights import Version, Weights
 
 Tensors = tuple[Tensor, ...]
@@ -56,12 +56,11 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class BlockModule:
-    """A built block: its number in the whole model, the prefix of its parameters' names, whether it draws numbers."""
+    """A built block: its number in the whole model, and the prefix of its parameters' names."""
 
     index: int
     prefix: str
     module: nn.Module
-    random: bool = False
 
 
 @dataclass(slots=True)
@@ -199,11 +198,12 @@ class Stage:
         self.updates = 0
         self.skipped_updates = 0
         self._steps = self._compiled()
+        self._draws = Draws(generators_of(device))
 
-    def _compiled(self) -> list[tuple[int | None, Callable[..., Any]]]:
-        """The blocks as callables, each with its number if it has to be seeded."""
+    def _compiled(self) -> list[tuple[int, Callable[..., Any]]]:
+        """The blocks as callables, each with its number."""
         wrap = _compiler(self.options.compile_backend) if self.options.compile else (lambda module: module)
-        return [(block.index if block.random else None, wrap(block.module)) for block in self.blocks]
+        return [(block.index, wrap(block.module)) for block in self.blocks]
 
     # --- training
 
@@ -265,21 +265,23 @@ class Stage:
             outputs = self._chain(entry.inputs, microbatch)
             if self.criterion is None:
                 return outputs
-            loss, sums = self.criterion(outputs, entry.targets, entry.counts)
+            after = self.blocks[-1].index + 1
+            loss, sums = self._call(after, microbatch, self.criterion, outputs, entry.targets, entry.counts)
         self._sums.add(sums)
         return (loss,)
 
     def _chain(self, tensors: Tensors, microbatch: int | None) -> Tensors:
         result: Any = tensors
         for index, module in self._steps:
-            if index is None or microbatch is None:
-                result = module(*result)
-            else:
-                with seeded(mix(self.options.seed, self.options.pipeline, microbatch, index), self.device):
-                    result = module(*result)
+            result = module(*result) if microbatch is None else self._call(index, microbatch, module, *result)
             if not isinstance(result, tuple):
                 result = (result,)
         return result  # type: ignore[no-any-return]
+
+    def _call(self, part: int, microbatch: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Block `part`, or the criterion after the last one, with random numbers of its own for this micro-batch."""
+        seed = mix(self.options.seed, self.options.pipeline, microbatch, part)
+        return self._draws.call(part, seed, function, *arguments)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.options.amp is None:
@@ -460,7 +462,7 @@ def _prepared(block: BlockModule, options: StageOptions) -> BlockModule:
     module = defer_batch_norm(block.module) if options.deferred_batchnorm else block.module
     if options.channels_last:
         module = module.to(memory_format=torch.channels_last)
-    return BlockModule(block.index, block.prefix, module, block.random)
+    return BlockModule(block.index, block.prefix, module)
 
 
 def _spare_dynamo() -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from pipeline.assemble import make_stage, tie_of
 from pipeline.executor import Executor, Hooks
 from pipeline.models.criterion import Classification, Criterion
-from pipeline.models.layered import LayeredModel, build_blocks, draws_random_numbers, tie
+from pipeline.models.layered import LayeredModel, build_blocks, tie
 from pipeline.models.mlp import mlp
 from pipeline.schedules import SCHEDULES, Shape, program, updates_of
-from pipeline.seeding import GENERATOR_LOCK, mix, seeded
+from pipeline.seeding import GENERATOR_LOCK, mix
 from pipeline.stage import StageOptions
 from pipeline.state import OptimizerState, WeightsState
 
@@ -144,13 +144,10 @@ class Unsplit:
         inputs, targets = self.job.batch(microbatch)
         result: Any = inputs
         for index, module in enumerate(modules):
-            if draws_random_numbers(module):
-                with seeded(
-                    mix(self.job.options.seed, self.job.options.pipeline, microbatch, index), torch.device("cpu")
-                ):
-                    result = module(*result)
-            else:
-                result = module(*result)
+            torch.default_generator.manual_seed(
+                mix(self.job.options.seed, self.job.options.pipeline, microbatch, index)
+            )
+            result = module(*result)
             result = result if isinstance(result, tuple) else (result,)
         loss, _ = self.job.criterion(result, targets, self.job.counts_of(microbatch))
         return loss

@@ -15,7 +15,6 @@ from pipeline.models import (
     as_tuple,
     build_blocks,
     build_whole,
-    draws_random_numbers,
     full_state,
     load_full_state,
     make_model,
@@ -139,11 +138,6 @@ def test_initialisation_follows_transformers():
         assert float(state[name].std()) == pytest.approx(float(tensor.std()), rel=0.2, abs=1e-6), name
         assert float(state[name].mean()) == pytest.approx(float(tensor.mean()), abs=5e-3), name
     assert not state["bert.embeddings.word_embeddings.weight"][0].any()  # the padding token
-
-
-def test_dropout_makes_every_block_but_the_head_draw_random_numbers():
-    assert [draws_random_numbers(b) for b in build_blocks(tiny(), 0, 4, 0)] == [True, True, True, False]
-    assert not any(draws_random_numbers(b) for b in build_blocks(tiny(NO_DROPOUT), 0, 4, 0))
 
 
 def test_reference_cuts_put_fewer_layers_beside_the_vocabulary():

@@ -17,7 +17,6 @@ from pipeline.models import (
     as_tuple,
     build_blocks,
     build_whole,
-    draws_random_numbers,
     full_state,
     load_full_state,
     make_model,
@@ -156,15 +155,6 @@ def test_a_parameter_is_tied_only_where_both_ends_are_present():
     assert modules[2].linear.weight is modules[0].linear.weight
     assert "head.linear.weight" not in dict(named_parameters(model, modules))
     assert "head.linear.weight" in full_state(model, modules)
-
-
-def test_only_dropout_above_zero_draws_random_numbers():
-    quiet = build_whole(make_model("mlp", inputs=4, width=4, depth=3, num_classes=4), 0)
-    noisy = build_whole(make_model("mlp", inputs=4, width=4, depth=3, num_classes=4, dropout=0.1), 0)
-    assert [draws_random_numbers(link) for link in noisy.links] == [True, True, False]
-    assert not draws_random_numbers(quiet)
-    assert not draws_random_numbers(nn.Dropout(0.0))
-    assert draws_random_numbers(nn.MultiheadAttention(4, 2, dropout=0.1))
 
 
 def test_an_unknown_model_is_refused_with_the_names_there_are():

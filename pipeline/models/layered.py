@@ -169,16 +169,3 @@ def tie(model: LayeredModel, modules: Sequence[nn.Module], *, start: int = 0) ->
             setattr(here[0], here[1], getattr(there[0], there[1]))
             done.append(borrower)
     return tuple(done)
-
-
-def draws_random_numbers(module: nn.Module) -> bool:
-    """Whether a forward in training mode draws random numbers: some dropout in it has p > 0."""
-    return any(_is_random(part) for part in module.modules())
-
-
-def _is_random(part: nn.Module) -> bool:
-    if isinstance(part, nn.modules.dropout._DropoutNd):
-        return float(part.p) > 0
-    if isinstance(part, nn.MultiheadAttention):
-        return float(part.dropout) > 0
-    return isinstance(part, nn.RReLU)
