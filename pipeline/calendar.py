@@ -3,11 +3,28 @@
 batch    0   1   2   3   4 | 5   6   7   8   9 |      5 batches an epoch, an update every 2 (and at the epoch's end)
 update       1       2   3       4       5   6        the pipe is drained only where something has to look at the
 stop                     ^                   ^        weights: validation, a checkpoint, the end
+
+A run that goes on with an epoch which another number of pipelines began numbers its batches so that the epoch ends
+where it would end here: begun after 5 updates, 3 of its 5 batches left, it starts with batch 2 and update 6.
+
+batch            2   3   4 | 5   6   7   8   9 |
+update               6   7       8       9  10
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Position(NamedTuple):
+    """How far a run has come in the data, whoever reads it: whole epochs, and samples of the next one's order."""
+
+    epoch: int = 0
+    samples: int = 0
+
+
+BEGINNING = Position()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +33,7 @@ class Calendar:
 
     max_updates: ends the run early. validate_every: epochs between validations, 0 for none. checkpoint_every: updates
     between checkpoints, besides those at the end of every epoch; None where no checkpoints are written.
+    start, made: the first batch of a run that goes on with another's, and the updates made before it.
     """
 
     batches_per_epoch: int
@@ -24,29 +42,51 @@ class Calendar:
     max_updates: int | None = None
     validate_every: int = 1
     checkpoint_every: int | None = None
+    start: int = 0
+    made: int = 0
 
     @property
     def updates_per_epoch(self) -> int:
         return -(-self.batches_per_epoch // self.accumulate)
 
     @property
+    def shift(self) -> int:
+        """Updates made until the start, less those that this calendar would have made until there."""
+        return self.made - self._own_updates(self.start)
+
+    @property
     def total_updates(self) -> int:
-        planned = self.epochs * self.updates_per_epoch
-        return planned if self.max_updates is None else min(planned, self.max_updates)
+        planned = self.epochs * self.updates_per_epoch + self.shift
+        return max(self.made, planned if self.max_updates is None else min(planned, self.max_updates))
 
     @property
     def total_batches(self) -> int:
         return self.batch_after(self.total_updates)
 
     def batch_after(self, updates: int) -> int:
-        """The number of batches that have gone into the first `updates` updates."""
-        epoch, rest = divmod(updates, self.updates_per_epoch)
-        return epoch * self.batches_per_epoch + min(rest * self.accumulate, self.batches_per_epoch)
+        """The batch before which so many updates have been made."""
+        epoch, rest = divmod(updates - self.shift, self.updates_per_epoch)
+        first = epoch * self.batches_per_epoch
+        if epoch == self._begun_epoch:
+            first, rest = self.start, updates - self.made
+        return min(first + rest * self.accumulate, (epoch + 1) * self.batches_per_epoch)
 
     def updates_after(self, batches: int) -> int:
         """The number of updates made once `batches` batches (up to the end of an update) are through."""
-        epoch, rest = divmod(batches, self.batches_per_epoch)
-        return epoch * self.updates_per_epoch + -(-rest // self.accumulate)
+        return self._own_updates(batches) + self.shift
+
+    def _own_updates(self, batches: int) -> int:
+        """Those of this calendar from its beginning on; in the begun epoch they are counted back from its end."""
+        epoch, within = divmod(batches, self.batches_per_epoch)
+        if epoch == self._begun_epoch:
+            left = (epoch + 1) * self.batches_per_epoch - self.start
+            begun = (epoch + 1) * self.updates_per_epoch - -(-left // self.accumulate)
+            return begun + -(-(batches - self.start) // self.accumulate)
+        return epoch * self.updates_per_epoch + -(-within // self.accumulate)
+
+    @property
+    def _begun_epoch(self) -> int:
+        return self.start // self.batches_per_epoch
 
     def ends_epoch(self, batches: int) -> bool:
         return batches > 0 and batches % self.batches_per_epoch == 0
@@ -72,10 +112,11 @@ class Calendar:
 
     def next_stop(self, batches: int) -> int:
         """The first point after `batches` at which the pipe has to be empty."""
-        updates = self.updates_after(batches)
-        while updates < self.total_updates:
-            periods = (self.updates_per_epoch, self.checkpoint_every or self.total_updates)
-            updates = min(self.total_updates, *((updates // period + 1) * period for period in periods))
+        updates, shift, total = self.updates_after(batches), self.shift, self.total_updates
+        while updates < total:
+            end_of_epoch = ((updates - shift) // self.updates_per_epoch + 1) * self.updates_per_epoch + shift
+            every = self.checkpoint_every or total
+            updates = min(total, end_of_epoch, (updates // every + 1) * every)
             stop = self.batch_after(updates)
             if self.validates(stop) or self.checkpoints(stop):
                 return stop

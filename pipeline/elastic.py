@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.calendar import Position
 from pipeline.consensus import ConsensusProbe
 from pipeline.coordination import JobOver
 from pipeline.elastic_world import ElasticWorld
@@ -165,7 +166,7 @@ class ElasticTrainer(Trainer):
             calendar=self.calendar,
             pipelines=self.world.num_pipelines,
             tickets_per_epoch=self.common.batches_per_epoch,
-            start=self.batches,
+            first_ticket=self.common.first_batch,
         )
         if self.journal is not None:
             self.journal.begin(self.batches)
@@ -378,6 +379,9 @@ class ElasticTrainer(Trainer):
                 world.diary.note_state("averaged", {"x": mean}, segment=segment, members=group.members)
                 return
 
+    def _read_so_far(self) -> Position:
+        return self.common.position(self.segments.ticket(self.batches))
+
     def by_saver(self, write: Callable[[], None]) -> None:
         """At the very end the next pipeline writes where the one that should is lost: no other chance comes."""
         if self._deserted or self.batches < self.calendar.total_batches:
@@ -448,4 +452,5 @@ def _common_plan(plan: RunPlan, task: Task) -> Plan:
         microbatches=settings.num_microbatches,
         least=plan.least,
         seed=settings.seed,
+        begun=plan.position,
     )

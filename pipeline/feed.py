@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
+from pipeline.calendar import BEGINNING, Position
 from pipeline.errors import UserError
 from pipeline.seeding import mix
 
@@ -107,6 +108,9 @@ def _slice(order: Tensor, batch: int, batch_size: int, pipelines: int, pipeline:
 class Plan:
     """The training samples of one pipeline, by a batch number that never ends; see the picture above.
 
+    `begun`: where another run has come to, perhaps with another number of pipelines. The rest of that epoch is cut
+    anew, into batches so numbered that the epoch ends where it always does: `first_batch` is the first of them.
+
     `batch_size` is per pipeline; every batch is cut into exactly `microbatches` parts of `least` samples or more
     whose sizes differ by at most one, and micro-batch n is part n % M of batch n // M.
 
@@ -122,6 +126,7 @@ class Plan:
     least: int = 1
     seed: int = 0
     drop_last: bool = False
+    begun: Position = BEGINNING
 
     def __post_init__(self) -> None:
         _check_positive(batch_size=self.batch_size, microbatches=self.microbatches)
@@ -145,8 +150,8 @@ class Plan:
     @property
     def shortest(self) -> int:
         """Samples in the smallest micro-batch."""
-        lengths = [self.batch_length(batch) for batch in (0, self.batches_per_epoch - 1)]
-        return min(lengths) // self.microbatches
+        last = self.batches_per_epoch - 1
+        return min(self.batch_size, self.samples_per_epoch - last * self.batch_size) // self.microbatches
 
     @property
     def left_out(self) -> str:
@@ -161,33 +166,56 @@ class Plan:
 
     @property
     def batches_per_epoch(self) -> int:
+        return self._batches(self.size)
+
+    def _batches(self, samples: int) -> int:
+        """How many batches so many samples make."""
         least = 0 if self.drop_last else self.microbatches * self.least
-        return _count_batches(self.size, self.pipelines * self.batch_size, self.pipelines, least)
+        return _count_batches(samples, self.pipelines * self.batch_size, self.pipelines, least)
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples that this pipeline (and every other) reads in an epoch."""
         last = self.batches_per_epoch - 1
-        return last * self.batch_size + self.batch_length(last)
+        return last * self.batch_size + self._length(last * self.batch_size * self.pipelines)
 
     @property
     def count(self) -> None:
         """Micro-batches never end."""
         return None
 
+    @property
+    def first_batch(self) -> int:
+        """The batch that begins where the other run has ended."""
+        left = self._batches(self.size - self.begun.samples)
+        return (self.begun.epoch + 1) * self.batches_per_epoch - left
+
+    def position(self, batch: int) -> Position:
+        """Where a run is before that batch."""
+        return Position(batch // self.batches_per_epoch, self._before(batch))
+
+    def _before(self, batch: int) -> int:
+        """Samples of the epoch's order that batches before this one have taken, of all pipelines."""
+        epoch, within = divmod(batch, self.batches_per_epoch)
+        begun = 0
+        if epoch == self.begun.epoch and self.begun.samples:
+            begun, within = self.begun.samples, batch - self.first_batch
+        return begun + within * self.batch_size * self.pipelines
+
     def epoch(self, batch: int) -> int:
         return batch // self.batches_per_epoch
 
     def batch_length(self, batch: int) -> int:
         """Samples of this pipeline in that batch: the batch size, or less in the last batch of an epoch."""
-        start = (batch % self.batches_per_epoch) * self.batch_size * self.pipelines
-        return min(self.batch_size, (self.size - start) // self.pipelines)
+        return self._length(self._before(batch))
+
+    def _length(self, before: int) -> int:
+        return min(self.batch_size, (self.size - before) // self.pipelines)
 
     def indices(self, batch: int) -> list[int]:
         """The samples of this pipeline in that batch of the never-ending count."""
-        epoch, within = divmod(batch, self.batches_per_epoch)
-        order = epoch_order(self.size, epoch=epoch, seed=self.seed)
-        chosen: list[int] = _slice(order, within, self.batch_size, self.pipelines, self.pipeline).tolist()
+        order = epoch_order(self.size, epoch=self.epoch(batch), seed=self.seed)[self._before(batch) :]
+        chosen: list[int] = _slice(order, 0, self.batch_size, self.pipelines, self.pipeline).tolist()
         return chosen
 
     def microbatch_indices(self, batch: int, part: int) -> list[int]:

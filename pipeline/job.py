@@ -32,6 +32,7 @@ from pipeline.partition import (
 )
 from pipeline.plain import write_line
 from pipeline.report import RankReport, write_reports
+from pipeline.resuming import Begun, find_begun
 from pipeline.schedules import edges
 from pipeline.settings import Settings
 from pipeline.straggler import read_profile
@@ -69,7 +70,8 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     say = say_on_rank_zero(world)
     counts = choose_cut(settings, task, world, say)
     elastic = isinstance(world, ElasticWorld)
-    plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say, elastic=elastic)
+    begun = find_begun_for_all(settings, task, world)
+    plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say, elastic=elastic, begun=begun)
     say(describe_run(plan, world))
     world.connect()
     hetero = read_profile(settings.hetero) if settings.hetero else EVEN
@@ -78,8 +80,8 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     transport = throttled(transport, hetero, world.row, stage=world.stage, device=world.device)
     trainer = make_trainer(plan, task, world, transport, hetero)
     with trainer.archive.open():
-        if settings.resume_directory is not None:
-            trainer.resume(settings.resume_directory)
+        if begun is not None and not world.late:
+            trainer.resume(begun)
         world.barrier()
         trainer.run()
         try:
@@ -119,6 +121,21 @@ def choose_cut(settings: Settings, task: Task, world: World, say: Say) -> tuple[
     if world.decides and not world.late:
         found = _try(lambda: _balanced(settings, task, world, rows, bandwidth, say))
     return tuple(world.broadcast_from_zero(found))  # a UserError is raised on all ranks
+
+
+def find_begun_for_all(settings: Settings, task: Task, world: World) -> Begun | None:
+    """What is gone on with, as rank 0 finds it: the others, those too who join later, need no look at the folder."""
+    directory = settings.resume_directory
+    if directory is None:
+        return None
+    world.connect()
+    found: Any = None
+    if world.rank == 0 and not world.late:
+        found = _try(lambda: find_begun(directory, settings, samples=task.train.size).to_values())
+    found = world.broadcast_from_zero(found)
+    if isinstance(found, UserError):
+        raise found
+    return Begun.from_values(found)
 
 
 def _try(act: Callable[[], Any]) -> Any:
@@ -214,7 +231,10 @@ def finish(trainer: Trainer) -> None:
     written = False
     while not written:
         gathered = world.gather_to_zero(mine)
-        if gathered is not None:
+        if gathered is not None and trainer.had_nothing_to_do:
+            kept = f"{trainer.settings.out} is left as it was"
+            print_line(f"this run was over before, after {trainer.calendar.made} updates: nothing was trained, {kept}")
+        elif gathered is not None:
             write_gathered(gathered, trainer.settings.out)
         written = world.any_of(gathered is not None)
 

@@ -215,15 +215,16 @@ class Shape:
     """What a program depends on besides the schedule's name.
 
     microbatches: of one batch (1 for pipedream, whose unit is the batch). accumulate: batches per update; the last
-    update of an epoch of `batches_per_epoch` may have fewer. replicas: how many pipelines share the gradients. mixing:
-    weights are mixed with other replicas after updates. norm: agree on the gradient's norm before updates. tie: (owner
-    stage, borrower stage) of a shared parameter, or None.
+    update of an epoch of `batches_per_epoch` may have fewer. first: the batch from which a begun epoch counts.
+    replicas: how many pipelines share the gradients. mixing: weights are mixed with other replicas after updates.
+    norm: agree on the gradient's norm before updates. tie: (owner stage, borrower stage) of what is shared, or None.
     """
 
     stages: int
     microbatches: int = 1
     accumulate: int = 1
     batches_per_epoch: int | None = None
+    first: int = 0
     replicas: int = 1
     mixing: bool = False
     norm: bool = False
@@ -234,8 +235,12 @@ class Shape:
         batch, part = divmod(microbatch, self.microbatches)
         if part + 1 < self.microbatches:
             return False
-        within = batch % self.batches_per_epoch if self.batches_per_epoch else batch
-        return (within + 1) % self.accumulate == 0 or within + 1 == self.batches_per_epoch
+        if not self.batches_per_epoch:
+            return (batch + 1) % self.accumulate == 0
+        epoch, within = divmod(batch, self.batches_per_epoch)
+        begun, since = divmod(self.first, self.batches_per_epoch)
+        counted = within - since if epoch == begun else within
+        return (counted + 1) % self.accumulate == 0 or within + 1 == self.batches_per_epoch
 
 
 def updates_of(schedule: Schedule, shape: Shape, stage: int, feed: Iterable[int]) -> Program:

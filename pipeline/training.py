@@ -23,8 +23,7 @@ from pipeline import schedules
 from pipeline.actions import Op
 from pipeline.archive import Archive
 from pipeline.assemble import make_stage, tie_of
-from pipeline.calendar import Calendar
-from pipeline.errors import UserError
+from pipeline.calendar import BEGINNING, Calendar, Position
 from pipeline.executor import Executor, Hooks, Tie
 from pipeline.feed import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
 from pipeline.gpu_clock import GpuClock, Handlers, cuda_clock
@@ -34,12 +33,13 @@ from pipeline.metrics import run_name
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
 from pipeline.models.smallest import least_samples
-from pipeline.optim import make_learning_rate, optimizer_of, scaled
+from pipeline.optim import LearningRate, make_learning_rate, optimizer_of, scaled
 from pipeline.reduce import GradientReducer, NoReducer, Reducer
 from pipeline.report import RankReport, peak_memory_bytes
+from pipeline.resuming import Begun, modern, what_must_stay
 from pipeline.schedules import Schedule, Shape, find_schedule
 from pipeline.seeding import GENERATOR_LOCK
-from pipeline.settings import Settings, option
+from pipeline.settings import Settings
 from pipeline.simulate import validate
 from pipeline.stage import Stage, StageOptions
 from pipeline.state import LossScaleState, OptimizerState, Stateful, States, UpdatesState, WeightsState
@@ -101,6 +101,12 @@ class RunPlan:
     calendar: Calendar
     tie: Tie | None
     least: int = 1  # samples in a micro-batch
+    begun: Begun | None = None  # where it goes on from
+
+    @property
+    def position(self) -> Position:
+        """Where the run begins in the data."""
+        return BEGINNING if self.begun is None else self.begun.position
 
     @property
     def microbatches(self) -> int:
@@ -115,19 +121,22 @@ def plan_run(
     pipelines: int,
     say: Callable[[str], None],
     elastic: bool = False,
+    begun: Begun | None = None,
 ) -> RunPlan:
     """Settles the run and proves, before anything is started, that its programs fit together.
 
     `elastic`: how many batches a pipeline does is not known beforehand, and replicas mix weights after updates.
+    `begun`: the run that is gone on with.
 
     Raises:
         UserError: settings that contradict each other or the data.
         DeadlockError: programs that would wait for each other for ever.
     """
+    position = BEGINNING if begun is None else begun.position
     with GENERATOR_LOCK:  # blocks are built for a look at them
         tie = tie_of(task.model, counts)
         least = least_in_microbatch(settings, task, pipelines=pipelines)
-    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0, least=least)
+    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0, least=least, begun=position)
     if data.left_out:
         say(data.left_out)
     calendar = Calendar(
@@ -137,23 +146,33 @@ def plan_run(
         max_updates=settings.max_steps,
         validate_every=settings.validate_every if task.val is not None else 0,
         checkpoint_every=settings.checkpoint_every if settings.checkpoint else None,
+        start=data.first_batch,
+        made=0 if begun is None else begun.updates,
     )
     shape = Shape(
         stages=len(counts),
         microbatches=settings.num_microbatches,
         accumulate=settings.accumulate,
         batches_per_epoch=None if elastic else data.batches_per_epoch,
+        first=calendar.start,
         replicas=1 if elastic and settings.elastic else pipelines,
         mixing=elastic and settings.elastic,
         norm=settings.clip_grad_norm is not None or settings.amp == "fp16",
         tie=(tie.owner, tie.borrower) if tie else None,
     )
     schedule = find_schedule(settings.pipeline)
-    validate(schedule, shape, calendar.total_batches * settings.num_microbatches)
+    validate(schedule, shape, (calendar.total_batches - calendar.start) * settings.num_microbatches)
     if shape.norm and not schedule.flushes and shape.stages > 1:
         say(f"--pipeline {schedule.name} agrees on a norm at every update: stages wait for each other")
     return RunPlan(
-        settings=settings, counts=counts, schedule=schedule, shape=shape, calendar=calendar, tie=tie, least=least
+        settings=settings,
+        counts=counts,
+        schedule=schedule,
+        shape=shape,
+        calendar=calendar,
+        tie=tie,
+        least=least,
+        begun=begun,
     )
 
 
@@ -171,8 +190,10 @@ def least_in_microbatch(settings: Settings, task: Task, *, pipelines: int) -> in
     return 1 if min(plan.shortest for plan in plans) > 1 else least_samples(task.model)
 
 
-def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int, least: int = 1) -> Plan:
-    """Which samples which pipeline sees when."""
+def data_plan(
+    settings: Settings, size: int, *, pipelines: int, pipeline: int, least: int = 1, begun: Position = BEGINNING
+) -> Plan:
+    """Which samples which pipeline sees when, from `begun` on."""
     return Plan(
         size=size,
         batch_size=settings.batch_size,
@@ -181,6 +202,7 @@ def data_plan(settings: Settings, size: int, *, pipelines: int, pipeline: int, l
         microbatches=settings.num_microbatches,
         least=least,
         seed=settings.seed,
+        begun=begun,
     )
 
 
@@ -199,15 +221,18 @@ class Trainer:
             pipelines=world.num_pipelines,
             pipeline=world.pipeline,
             least=plan.least,
+            begun=plan.position,
         )
         self.stage = self._make_stage()
-        self.batches = 0  # that have gone through
+        self.batches = plan.calendar.start  # that have gone through
+        self.must_stay = what_must_stay(self.settings)  # now, while the files that it is read from are there
         self.over = False  # whether the job has ended without this rank
         self.saver = 0  # the pipeline that writes checkpoints
         self.archive = Archive(self.settings, world)
         self.reducer = self._make_reducer()
         told = scaled(self.settings, pipelines=world.num_pipelines)
-        self.rate = make_learning_rate(told, updates_per_epoch=self.calendar.updates_per_epoch)
+        by_epoch = make_learning_rate(told, updates_per_epoch=self.calendar.updates_per_epoch)
+        self.rate: LearningRate = lambda update: by_epoch(update - self.calendar.shift)
         self.clock = self._make_clock()
         self.hooks = Hooks(
             learning_rate=self.rate, updated=self._updated, record=self.recorder.record if self.clock is None else None
@@ -223,6 +248,11 @@ class Trainer:
     @property
     def is_last(self) -> bool:
         return self.position == self.stages - 1
+
+    @property
+    def had_nothing_to_do(self) -> bool:
+        """Whether the run that it goes on with was over already."""
+        return self.calendar.start >= self.calendar.total_batches
 
     def _make_clock(self) -> GpuClock | None:
         """On a GPU its own clock; elsewhere the host's will do."""
@@ -461,11 +491,12 @@ class Trainer:
     def _save(self, journal: dict[str, Any] | None) -> None:
         updates = self.calendar.updates_after(self.batches)
         values = {
-            "batches": self.batches,
+            "position": self._read_so_far()._asdict(),
             "updates": updates,
             "states": self.states.values(),
             "settings": self.settings.to_values(),
-            "data": self._data_values(),
+            "same": self.must_stay,
+            "samples": self.task.train.size,
             "threads": torch.get_num_threads(),
             "partition": list(self.plan.counts),
             "journal": self.world.from_last_stage(journal),
@@ -475,45 +506,29 @@ class Trainer:
         if folder is not None and self.world.control is not None and self.position == 0:
             self.world.control.publish("last checkpoint", str(folder))
 
-    def _data_values(self) -> dict[str, int]:
-        return {"samples": self.task.train.size, "pipelines": self.world.num_pipelines}
+    def _read_so_far(self) -> Position:
+        """Where the run has come to in the data."""
+        return self.data.position(self.batches)
 
-    def resume(self, directory: str) -> None:
-        """Goes on from the newest checkpoint in `directory`, written with any number of stages.
+    def resume(self, begun: Begun) -> None:
+        """Goes on from a checkpoint, written with any number of stages and pipelines.
 
         Raises:
-            UserError: no checkpoint, one of another model, or of another division of the data.
+            UserError: it cannot be read, or lacks what this model needs.
         """
         from pipeline import checkpoint
 
-        folder = checkpoint.latest(directory)
-        values = checkpoint.read_values(folder)
-        self._check_same_data(values, str(folder))
-        shapes = checkpoint.read_shapes(folder)
+        values, shapes = modern(checkpoint.read_values(begun.folder)), checkpoint.read_shapes(begun.folder)
         room = self.states.room(shapes)
-        checkpoint.load(folder, room)
+        checkpoint.load(begun.folder, room)
         self.states.load(room, values["states"])
-        self.stage.updates = values["updates"] - self.stage.skipped_updates
-        self.batches = values["batches"]
+        self.stage.updates = begun.updates - self.stage.skipped_updates
         if self.journal is not None:
             self.journal.restore(values["journal"])
             told = self.states.told(shapes, values["states"])
-            self.journal.log.say(f"resumed from {folder} after {values['updates']} updates, {told}")
+            self.journal.log.say(f"resumed from {begun.folder} after {begun.updates} updates, {told}")
             if self.world.device.type == "cpu" and values.get("threads", now := torch.get_num_threads()) != now:
                 self.journal.log.say(other_threads(values["threads"], now))
-
-    def _check_same_data(self, values: dict[str, Any], folder: str) -> None:
-        was, now = values["settings"], self.settings.to_values()
-        for name in ("model", "dataset", "batch_size", "microbatches", "accumulate", "seed", "optimizer"):
-            if was[name] != now[name]:
-                raise UserError(
-                    f"{folder} was written with {option(name)} {was[name]}, this run has {now[name]}, so that its "
-                    "position in the data would mean something else; give the same, or start afresh"
-                )
-        if values["data"] != self._data_values():
-            raise UserError(
-                f"{folder} was written over {values['data']}, this run has {self._data_values()}; give the same"
-            )
 
     def curve(self) -> list[tuple[float, float]]:
         """The loss after every batch, as (update, loss); of a last stage."""

@@ -109,6 +109,7 @@ FLOORS = {
     "pipeline.patience": 1,
     "pipeline.progress": 3,
     "pipeline.report": 3,
+    "pipeline.resuming": 3,
     "pipeline.rounds": 3,
     "pipeline.sealed_store": 3,
     "pipeline.team": 3,

@@ -159,7 +159,7 @@ def test_resuming_something_else_is_refused_in_one_line(tmp_path: Path) -> None:
     run_here(tmp_path, checkpoint=kept, max_steps=2)
     with pytest.raises(UserError, match=r"written with --batch-size 8, this run has 4"):
         run_here(tmp_path, resume=kept, batch_size=4)
-    with pytest.raises(UserError, match="'samples': 44"):
+    with pytest.raises(UserError, match="over 44 training samples, this run has 45"):
         run_here(tmp_path, resume=kept, task={"train_size": 45})
     with pytest.raises(UserError, match="nowhere"):
         run_here(tmp_path, resume=str(tmp_path / "nowhere"))
