@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -76,12 +77,23 @@ def main(argv: Sequence[str] | None = None, *, coordinator: Sequence[str] | None
 
     `coordinator`: the command of the coordinator, if it is to be another one.
     """
+    open_standard_files()
     options = parser().parse_args(argv)
     try:
         return _run(options, coordinator)
     except UserError as error:
-        print(f"heturun: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody can be told; the status tells
+            print(f"heturun: {error}", file=sys.stderr)
         return 2
+
+
+def open_standard_files() -> None:
+    """Standard files that were closed lead nowhere, so that no socket gets their numbers, and with them our output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
@@ -94,8 +106,6 @@ def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
         return 0
     from heturun.job import run_job
 
-    for note in plan.notes:
-        print(f"heturun: {note}", file=sys.stderr)
     return run_job(
         plan,
         launcher=options.launcher,

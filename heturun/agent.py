@@ -28,6 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from heturun import cores, hosts, tidy, wire
 from heturun.edition import introduction
+from heturun.outbox import Outbox
 
 GRACE_S = 2.0  # between SIGTERM and SIGKILL
 MPIRUN_GRACE_S = 0.4  # mpirun itself sends SIGKILL a second after its SIGTERM
@@ -74,10 +75,10 @@ class Agent:
 
     def __init__(self, channel: wire.Channel, address: str, key: str, *, lost_s: int) -> None:
         self.channel, self.address, self.key, self.lost_s = channel, address, key, lost_s
+        self.outbox = Outbox(channel.send)
         self.events: SimpleQueue[Ended | Order] = SimpleQueue()
         self.children: dict[int, Child] = {}
         self.open: set[int] = set()  # ranks whose last word is not yet sent
-        self.connected = True
         self.gone = threading.Event()  # the launcher
         self.abandoned = False  # the launcher went away before the processes had ended
 
@@ -92,12 +93,14 @@ class Agent:
         begin = partial(_begin, start.get("ignored", ()))
         for process in start["processes"]:
             self._spawn(process, start["directory"], changes, begin)
+        self.outbox.start()
         for child in self.children.values():  # threads only now: a fork beside running threads is unsafe
             threading.Thread(target=self._follow, args=(child,), daemon=True).start()
         listener = threading.Thread(target=self._obey, daemon=True)
         listener.start()
         while self.open:
             self._handle(self._next_event())
+        self.outbox.finish(self.gone)
         self.abandoned = self.gone.is_set()
         self.channel.finish()
         listener.join(FAREWELL_S)  # leaving with something unread would cut off what was just sent
@@ -116,11 +119,11 @@ class Agent:
             self._end(event)
         elif event.status is None:
             self.open.discard(event.rank)
-            self._tell({"type": "closed", "rank": event.rank})
+            self.outbox.put({"type": "closed", "rank": event.rank})
         else:
             status = 128 - event.status if event.status < 0 else event.status
             killed = self.children[event.rank].killed
-            self._tell({"type": "exit", "rank": event.rank, "status": status, "killed": killed})
+            self.outbox.put({"type": "exit", "rank": event.rank, "status": status, "killed": killed})
 
     def _living(self) -> dict[int, Child]:
         """The processes that were started and are not through."""
@@ -128,8 +131,6 @@ class Agent:
 
     def _end(self, order: Order) -> None:
         """SIGTERM first, SIGKILL for whoever is still there later."""
-        if order.what == "lost":
-            self.connected = False
         if order.what == "signal":
             self._wait_for_last_words()
         grace_s = MPIRUN_GRACE_S if order.what == "signal" else GRACE_S
@@ -164,12 +165,12 @@ class Agent:
             self._refuse(rank, _why_not_started(error, spec["command"], directory))
             return
         self.children[rank] = Child(rank, process)
-        self._tell({"type": "started", "rank": rank, "pid": process.pid})
+        self.outbox.put({"type": "started", "rank": rank, "pid": process.pid})
 
     def _refuse(self, rank: int, why: str) -> None:
         """A command that cannot be started: as a shell says it, status 127."""
-        self._tell({"type": "output", "rank": rank, "stream": "stderr", "lines": [why]})
-        self._tell({"type": "exit", "rank": rank, "status": 127, "killed": False})
+        self.outbox.put({"type": "output", "rank": rank, "stream": "stderr", "lines": [why]})
+        self.outbox.put({"type": "exit", "rank": rank, "status": 127, "killed": False})
         self.events.put(Ended(rank, None))
 
     def _follow(self, child: Child) -> None:
@@ -191,18 +192,13 @@ class Agent:
 
     def _carry(self, rank: int, stream: str, pipe: IO[bytes]) -> None:
         for lines in whole_lines(pipe):
-            self._tell({"type": "output", "rank": rank, "stream": stream, "lines": lines})
-
-    def _tell(self, message: wire.Message) -> None:
-        """Sends; a launcher that is gone shows itself to `_obey`, which ends the processes."""
-        if self.connected:
-            try:
-                self.channel.send(message)
-            except OSError:
-                self.connected = False
+            self.outbox.put({"type": "output", "rank": rank, "stream": stream, "lines": lines})
 
     def _obey(self) -> None:
         while (message := self.channel.receive()) is not None:
+            if message["type"] == "took":
+                self.outbox.took()
+                continue
             ranks = message.get("ranks")
             self.events.put(Order(str(message["type"]), None if ranks is None else frozenset(ranks)))
         self.gone.set()

@@ -59,6 +59,7 @@ class Control:
         self._asked = 0
         self._gone = False
         self._progress_at = 0.0
+        self._drawing: int | None = None  # the launcher, which may stand still (Ctrl-Z), has not confirmed it yet
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     @classmethod
@@ -94,10 +95,13 @@ class Control:
     def progress(self, done: int, total: int, text: str) -> None:
         """Moves the bar that the launcher draws; of calls in quick succession some are dropped, but not the last."""
         now = time.monotonic()
-        if done < total and now < self._progress_at + PROGRESS_EVERY_S:
-            return
-        self._progress_at = now
-        self._send({"type": "progress", "done": done, "total": total, "text": text})
+        with self._lock:
+            if done < total and (self._drawing is not None or now < self._progress_at + PROGRESS_EVERY_S):
+                return
+            self._asked += 1
+            self._drawing, self._progress_at = self._asked, now
+            number = self._asked
+        self._send({"type": "progress", "done": done, "total": total, "text": text, "number": number})
 
     def elastic(self, min_replicas: int) -> None:
         """Says that from now on the job survives the loss of a pipeline, as long as `min_replicas` of them are left.
@@ -168,6 +172,8 @@ class Control:
                 self.on_push(message)
             return
         with self._lock:
+            if message["number"] == self._drawing:
+                self._drawing = None
             waiting = self._answers.get(int(message["number"]))
         if waiting is not None:  # else it came after its deadline
             waiting.put(message)

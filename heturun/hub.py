@@ -233,6 +233,8 @@ class Hub:
                     why = str(message["message"])
                 else:
                     self._deliver(_event(message, incarnation))
+                    if message["type"] == "output":
+                        _send(channel, {"type": "took"})  # the agent sends no more than fits before it hears so
         finally:
             with self._lock:
                 del self._agents[channel]
@@ -253,6 +255,7 @@ class Hub:
                 _send(channel, {"type": "noted", "number": message["number"]})
             elif kind == "progress":
                 self._deliver(Progress(rank, int(message["done"]), int(message["total"]), str(message["text"])))
+                _send(channel, {"type": "noted", "number": message["number"]})
             elif kind == "failed":
                 self._deliver(_failed(message, rank, incarnation))
                 _send(channel, {"type": "noted", "number": message["number"]})

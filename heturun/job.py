@@ -101,6 +101,7 @@ class Job:
         self.events: SimpleQueue[Event | StarterEnded] = SimpleQueue()
         ranks = [[process.rank for process in pipeline] for pipeline in plan.pipelines()]
         self.fleet = Fleet.of(ranks, coordinator=plan.coordinator.rank, rules=rules, least=plan.least_replicas)
+        console.on_broken = self._nobody_reads
         self.running: list[Running] = []
         self.speaking: set[tuple[int, int]] = set()  # ranks and incarnations whose agents may have more to say
         self.ended: list[StarterEnded] = []  # starters that are believed when these have said it
@@ -111,12 +112,14 @@ class Job:
         """Takes an event from the hub, on any thread."""
         if isinstance(event, Output):
             self.console.output(event)
-            if self.console.broken and not self.stopping:
-                self.events.put(Signalled(signal.SIGPIPE))
         elif isinstance(event, Progress):
             self.console.progress(event)
         else:
             self.events.put(event)
+
+    def _nobody_reads(self) -> None:
+        if not self.stopping:
+            self.events.put(Signalled(signal.SIGPIPE))
 
     def start(self) -> None:
         """Starts the workers; on the main thread and before any other exists, as `die_with_parent` needs."""
@@ -344,18 +347,29 @@ class Job:
     def _conclude(self, end: Verdict | TooFew | Signalled | None) -> int:
         """The last words, and the exit status."""
         if end is None:
-            self.console.finish(*self._summary())
-            return 0
+            self.console.finish(*self._summary(), give_up=self._interrupted)
+            return 128 + signal.SIGPIPE if self.console.broken else 0
         if isinstance(end, Signalled):
-            self.console.finish(f"heturun: ended by {signal.Signals(end.number).name}")
+            self.console.finish(
+                f"heturun: ended by {signal.Signals(end.number).name}", idle_s=LEAVE_S, give_up=self._interrupted
+            )
             return 128 + end.number
         verdict = end.first if isinstance(end, TooFew) else end
         words = self._words(verdict)
         first = f"heturun: {self._who(verdict)} {_how(verdict.exited)}"
-        self.console.finish(f"{first}:" if words else first, *words, *self._too_few(end))
+        last = [f"{first}:" if words else first, *words, *self._too_few(end)]
+        self.console.finish(*last, give_up=self._interrupted)
         if isinstance(end, TooFew):
             return 1 if end.left else verdict.exited or 1
         return 1 if end.rank == self.plan.coordinator.rank else end.exited or 1
+
+    def _interrupted(self) -> bool:
+        """Whether a signal came since the job has ended; nothing else is of interest any more."""
+        with contextlib.suppress(Empty):
+            while True:
+                if isinstance(self.events.get_nowait(), Signalled):
+                    return True
+        return False
 
     def _too_few(self, end: Verdict | TooFew) -> list[str]:
         """The sentence with which a job ends that has lost too many pipelines."""
@@ -395,6 +409,7 @@ def run_job(
         routes = find_routes(plan, folder=folder, identity=identity)
         console = Console(plan.processes, log_dir)
         job = Job(plan, routes, console, mpirun=mpirun, folder=folder, rules=rules)
+        console.say(*plan.notes)
         try:
             signals.forward = job.events
             job.start()

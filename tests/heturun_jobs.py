@@ -67,6 +67,13 @@ class RunningJob:
         self.lines += rest.splitlines()
         return self.process.returncode
 
+    def left_but(self, launcher: int, *, within_s: float = 20.0) -> list[str]:
+        """The same of all but the launcher; agents, which have no marker, are known as its children."""
+        deadline = time.monotonic() + within_s
+        while (found := [pid for pid in children_of(launcher) if not is_zombie(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [str(pid) for pid in found]
+
     def left(self, *, within_s: float = 8.0) -> list[str]:
         """Command lines of the job's processes that are still there after `within_s`."""
         deadline = time.monotonic() + within_s
@@ -136,3 +143,11 @@ def children_of(pid: int) -> list[int]:
         for child in map(int, task.read_text().split()):
             found += [child, *children_of(child)]
     return found
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether a process has ended and nobody has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
