@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,9 +124,14 @@ def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence
     cluster = _cluster(options)
     here = [node.host for node in cluster.nodes if hosts.is_meant(node.host, node.address)]
     directory = _working_directory()
-    layout = plan.layout_of(command, directory=Path(directory))
+    layout, notes = plan.layout_of(command, directory=Path(directory)), list[str]()
     if layout is not None:
-        layout = plan.on_cluster(layout, cluster, own_names=hosts.own_names(), here=here)
+        own_names = hosts.own_names()
+        layout = plan.on_cluster(layout, cluster, own_names=own_names, here=here)
+        instead = plan.layout_here(command, layout, cluster, gpus=hosts.num_gpus(os.environ))
+        if instead is not None:
+            notes.append(plan.here_note(instead, layout))
+            layout = plan.on_cluster(instead, cluster, own_names=own_names, here=here)
     env = plan.common_environment(
         os.environ,
         cluster=cluster,
@@ -142,6 +148,7 @@ def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence
         launching_host=next(iter(here), hosts.LOCAL),
         coordinator=coordinator or plan.COORDINATOR,
     )
+    made = replace(made, notes=(*notes, *made.notes))
     _check_pipelines(options, len(made.pipelines()))
     return _as_threads(made) if options.launcher == "threads" else made
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pipeline.errors import UserError
 
@@ -68,6 +69,13 @@ def address_towards(host: str) -> str:
         except OSError as error:
             raise UserError(f"host {host} ({target}): {error.strerror}; check the network or its `address:`") from error
         return str(sock.getsockname()[0])
+
+
+def num_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """How many NVIDIA GPUs a process here may use, as far as can be told without CUDA."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    here = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+    return here if visible is None else min(here, len([name for name in visible.split(",") if name.strip()]))
 
 
 def subnet_holding(own: str, others: Iterable[str]) -> str | None:

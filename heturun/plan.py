@@ -19,7 +19,18 @@ from pathlib import Path
 from heturun.cluster import LOCAL, Cluster, Node
 from heturun.wire import LOST_S, OUTAGE_S
 from pipeline.errors import UserError
-from pipeline.placement import DEFAULT_FILE, Device, HostLimits, Placement, check, load_placement
+from pipeline.placement import (
+    DEFAULT_FILE,
+    Device,
+    HostLimits,
+    Placement,
+    check,
+    cpu,
+    gpu,
+    grid,
+    load_placement,
+    rgpu,
+)
 
 MIRRORED = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX")  # as here, also when unset here
 FORWARDED = re.compile(
@@ -183,6 +194,35 @@ def layout_of(command: Sequence[str], *, directory: Path) -> Placement | None:
     if spec is None and (script is None or not (beside / DEFAULT_FILE).is_file()):
         return None
     return load_placement(spec, directory=beside)
+
+
+def layout_here(command: Sequence[str], layout: Placement, cluster: Cluster, *, gpus: int) -> Placement | None:
+    """What to take instead of `my_device` as it comes with heturun, on one machine that is none of its hosts.
+
+    None: the layout was chosen, by the user's own device_list.py or --placement, or it may fit.
+    `gpus`: this machine's.
+    """
+    (node, *others), chosen = cluster.nodes, _option(command, "--placement") is not None
+    if chosen or others or layout.rows != _as_it_comes() or node.host in layout.hosts:
+        return None
+    one_stage = node.workers % 2 or _option(command, "--pipeline") == "dp"
+    stages = 1 if one_stage else 2
+    return grid(stages, node.workers // stages, gpu if gpus >= node.workers else cpu)
+
+
+def _as_it_comes() -> tuple[tuple[Device, ...], ...]:
+    """The rows of `my_device` in the device_list.py of this project: four pipelines of four stages on two hosts."""
+    return tuple(tuple(rgpu(host, first + stage) for host in ("w0", "w1") for first in (0, 4)) for stage in range(4))
+
+
+def here_note(instead: Placement, layout: Placement) -> str:
+    """Says which layout was taken, and why."""
+    kind = {"cpu": "CPUs", "gpu": "GPUs"}[instead.rows[0][0].kind]
+    return (
+        f"layout {layout.name} is for hosts {', '.join(layout.hosts)}; on this machine's {kind}: --placement "
+        f"{instead.name} ({instead.num_stages} stage(s) x {instead.num_pipelines} pipeline(s)); "
+        "another --placement, or a my_device of your own in device_list.py, is taken instead"
+    )
 
 
 def is_elastic(command: Sequence[str]) -> bool:

@@ -70,7 +70,12 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag("seed", "of weights, order, augmentation and dropout", int, "N"),
         ),
         "placement and cut": (
-            Flag("placement", "a layout of device_list.py, or FILE.py:NAME (default: my_device)", str, "NAME"),
+            Flag(
+                "placement",
+                "a layout of device_list.py, FILE.py:NAME, or SxP (default: my_device)",
+                str,
+                "NAME",
+            ),
             Flag(
                 "partition",
                 "blocks per stage, as in 4,4,4,4 (default: the reference's, else balanced)",

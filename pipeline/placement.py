@@ -13,10 +13,11 @@ Equal adjacent rows are one stage that holds both rows' blocks.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -28,6 +29,7 @@ from pipeline.errors import UserError
 LOCAL = "localhost"
 DEFAULT_FILE = "device_list.py"
 DEFAULT_NAME = "my_device"
+_SHAPE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")  # stages x pipelines
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,16 @@ def load_placement(spec: str | None, *, directory: Path) -> Placement:
     """The layout that `--placement` names.
 
     Args:
-        spec: None (`my_device` of device_list.py), NAME (of device_list.py), FILE.py:NAME or FILE.py (its `my_device`).
+        spec: None (`my_device` of device_list.py), NAME (of device_list.py), FILE.py:NAME or FILE.py (its `my_device`);
+            or 2x3, which needs no file: 2 stages x 3 pipelines on this machine's CPUs.
         directory: where device_list.py lies; FILE.py is looked for here if it is not in the current directory.
 
     Raises:
         UserError: no such file, no such name in it, an error in its Python, or a name that is no table of devices.
     """
+    shape = _SHAPE.fullmatch(spec or "")
+    if shape is not None:
+        return grid(int(shape[1]), int(shape[2]))
     path, name = _locate(spec, directory)
     tables = _run(path)
     given = f"--placement {spec}" if spec else f"layout {name}"
@@ -182,6 +188,12 @@ def load_placement(spec: str | None, *, directory: Path) -> Placement:
     own = next((key for key, value in layouts.items() if value is tables[name]), name)
     siblings = tuple(_valid(key, table) for key, table in layouts.items() if key not in (own, name, DEFAULT_NAME))
     return Placement(own, _as_rows(tables[name]), tuple(layout for layout in siblings if layout is not None))
+
+
+def grid(stages: int, pipelines: int, device: Callable[[int], Device] = cpu) -> Placement:
+    """The layout "2x3": so many stages and pipelines on this machine, the stages of a pipeline side by side."""
+    rows = tuple(tuple(device(stages * pipeline + stage) for pipeline in range(pipelines)) for stage in range(stages))
+    return Placement(f"{stages}x{pipelines}", rows)
 
 
 def check(placement: Placement, hosts: Mapping[str, HostLimits]) -> None:

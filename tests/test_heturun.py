@@ -15,10 +15,11 @@ from heturun.__main__ import main
 from heturun.agent import with_threads
 from heturun.cluster import Cluster, Node, load_cluster, this_machine
 from heturun.cores import granted, own_share, share
+from heturun.hosts import num_gpus
 from heturun.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started, Verdict
-from heturun.plan import common_environment, layout_of, on_cluster, plan_job
+from heturun.plan import common_environment, here_note, layout_here, layout_of, on_cluster, plan_job
 from pipeline.errors import UserError
-from pipeline.placement import Placement, rcpu, rgpu
+from pipeline.placement import Placement, load_placement, rcpu, rgpu
 
 A = "host: a, workers: 1, chief: true"
 WRONG_FILES = {
@@ -188,6 +189,44 @@ def test_the_layout_is_that_of_the_option_else_of_the_file_beside_the_script(tmp
     ]
     assert [layout.num_pipelines for layout in found if layout is not None] == [1, 2, 2]
     assert layout_of(["python3", "-c", "pass"], directory=tmp_path) is None
+
+
+def test_on_one_machine_that_is_not_in_the_default_layout_its_workers_are_taken_and_it_is_said() -> None:
+    default = load_placement(None, directory=ROOT)
+
+    def taken(workers: int, *more: str, layout: Placement = default, gpus: int = 0) -> Placement | None:
+        cluster = this_machine(workers=workers, servers=0)
+        return layout_here(["python3", "train.py", *more], layout, cluster, gpus=gpus)
+
+    shapes = {workers: taken(workers) for workers in (1, 2, 3, 4)}
+    assert {w: p and (p.num_stages, p.num_pipelines) for w, p in shapes.items()} == {
+        1: (1, 1),
+        2: (2, 1),
+        3: (1, 3),
+        4: (2, 2),
+    }
+    assert taken(4) == load_placement("2x2", directory=ROOT)
+    replicas = taken(4, "--pipeline=dp")
+    assert replicas is not None and replicas.num_stages == 1
+    on_gpus = taken(4, gpus=4)
+    assert on_gpus is not None and {device.kind for row in on_gpus.rows for device in row} == {"gpu"}
+    assert "hosts w0, w1" in here_note(on_gpus, default) and "--placement 2x2 (2 stage(s)" in here_note(
+        on_gpus, default
+    )
+    assert taken(4, "--placement", "pipe_4_4") is None  # the user's choice, and error
+    assert taken(4, layout=Placement("mine", ((rcpu("w9", 0),),))) is None  # the user's own file
+    for cluster in (plan_cluster("w0"), plan_cluster("a", "b")):
+        assert layout_here(["train.py"], default, cluster, gpus=0) is None
+
+
+def test_gpus_are_counted_without_cuda(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert [num_gpus(env, tmp_path) for env in ({}, {"CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_VISIBLE_DEVICES": ""})] == [
+        2,
+        1,
+        0,
+    ]
 
 
 def test_the_environment_has_the_users_paths_and_leaves_threads_to_the_hosts_unless_told() -> None:

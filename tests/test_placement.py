@@ -151,3 +151,12 @@ def test_a_wrong_name_or_file_is_one_line(tmp_path: Path, text: str, spec: str |
 def test_reading_layouts_loads_no_torch() -> None:
     code = "import sys, device_list, pipeline.placement; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_stages_x_pipelines_is_a_layout_that_needs_no_file(tmp_path: Path) -> None:
+    layout = load_placement("2x3", directory=tmp_path)
+    assert (layout.name, layout.num_stages, layout.num_pipelines) == ("2x3", 2, 3)
+    assert layout.rows == load_placement("local_2x3", directory=ROOT).rows
+    for wrong in ("0x2", "2x", "x2", "2X2", "2x-1"):
+        with pytest.raises(UserError, match=wrong):
+            load_placement(wrong, directory=tmp_path)
