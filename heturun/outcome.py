@@ -199,7 +199,8 @@ class Outcome:
         known = replace(self, exits={**self.exits, rank: event.status}, started=self.started | {rank})
         if event.killed:
             known = replace(known, killed=self.killed | {rank})
-        return known if event.status == 0 else known._complained(Complaint(now, rank, None, event.killed))
+        complaint = Complaint(now, rank, None, event.killed, explained=not event.killed)  # who told it may yet come out
+        return known if event.status == 0 else known._complained(complaint)
 
     def _lost(self, event: Lost, now: float) -> Outcome:
         ranks = [rank for rank in event.ranks if rank in self.ranks]

@@ -385,6 +385,7 @@ def test_a_starter_that_a_signal_ended_is_the_cause_of_what_it_had_started() -> 
     ends = [(0.1, Exited(rank, 143, killed=True)) for rank in (0, 1)]
     closed = [(0.2, Closed(rank)) for rank in (0, 1)]
     reason = "mpirun was ended by signal 9 (SIGKILL) before its processes"
+    assert after(*ends, *closed).verdict(0.2) is None  # somebody told them to end, and may yet be known
     outcome = after(*ends, *closed, (0.3, Lost((0, 1), reason, status=137)))
     assert outcome.verdict(0.3) == Verdict(0, 137, reason)
     well = after(*[(0.1, Exited(rank, 0, killed=False)) for rank in (0, 1)], (0.3, Lost((0, 1), reason, status=137)))
