@@ -2,7 +2,7 @@
 
     launcher ── key on stdin ──► deliver ══ ssh, one per host ══► sh: a private directory there, with a file per rank
                                     └── exec ──► mpirun ... agent --key-file FILE     who reads it and removes it
-    mpirun ends, however it does ──► the pipe to ssh closes ──► sh removes the directory, Open MPI's files in it too
+    mpirun ends, however it does ──► ssh ends with it ──► sh removes the directory, Open MPI's files in it too
 
 Needs the standard library only.
 """
@@ -15,6 +15,8 @@ import shlex
 import subprocess
 import sys
 from typing import NamedTuple
+
+from heturun.agent import die_with_parent
 
 SHELL = (
     'umask 077; mkdir "$0" || exit; echo $$ > "$0/watcher"; read -r key; '
@@ -64,7 +66,8 @@ def deliver(key: str, ssh: list[str], folder: str, targets: list[Target]) -> lis
 
 
 def _start(key: str, argv: list[str]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=die_with_parent)
     assert process.stdin is not None
     try:
         process.stdin.write(f"{key}\n".encode())
