@@ -165,8 +165,12 @@ class FolderLock:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with open(descriptor, "wb") as file:
-            file.write(content)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # a lock that names nobody would be waited for
+            raise
         return True
 
     def _wait_for_a_verdict(self) -> Owner | None:

@@ -128,6 +128,15 @@ def test_a_full_disk_is_named_with_its_free_bytes_and_tried_again(
         one.complain()
 
 
+def test_a_disk_that_is_full_from_the_start_is_found_then(small_disk: Path) -> None:
+    with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(1 << 10))
+    with pytest.raises(UserError, match=r"--checkpoint .*/ck: cannot be written: the disk is full: 0 bytes are free"):
+        run_here(small_disk.parent, checkpoint=str(small_disk / "ck"))
+    assert not list(small_disk.glob("ck/.lock"))
+
+
 def test_the_results_of_a_run_are_written_though_its_last_checkpoint_is_not(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
