@@ -36,6 +36,8 @@ class Archive:
         self._lock: FolderLock | None = None
         self.failure = ""  # why the newest checkpoint is missing
         self.export_failure = ""
+        self.report_failure = ""  # why summary or pictures are missing
+        self.rescued = ""  # where the weights are instead
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -132,11 +134,17 @@ class Archive:
         generation, generations = self._world.lives()
         return Writer(self._world.job, "", self._world.pipeline, generation, generations)
 
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether the last checkpoint or the exported weights are missing."""
+        return bool(self.failure or self.export_failure)
+
     def complain(self) -> None:
-        """At the very end: raises `UserError` if the last checkpoint or the exported weights are missing."""
-        missing = [text for text in (self.failure, self.export_failure) if text]
+        """At the very end: raises `UserError` if the last checkpoint, exported weights or the summary are missing."""
+        missing = [text for text in (self.failure, self.export_failure, self.report_failure) if text]
         if missing:
-            raise UserError(f"everything else is written, but not what was to stay: {'; '.join(missing)}")
+            rescued = f"; {self.rescued}" if self.rescued else ""
+            raise UserError(f"everything else is written, but not what was to stay: {'; '.join(missing)}{rescued}")
 
 
 def why_not_here(directory: Path, resumed: str | None, *, run: str) -> str | None:

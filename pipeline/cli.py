@@ -50,6 +50,13 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag(
                 "vocab", "vocab.txt that the shards were made with: checked against the model", str, "FILE", ("bert",)
             ),
+            Flag(
+                "init",
+                "weights to start from: safetensors, a torch state dict, or save_pretrained's folder",
+                str,
+                "FILE",
+            ),
+            Flag("init_partial", "heads of another size, or of another task, start afresh", None),
             Flag("dataset", "cifar10, cifar100, imagenet, imagefolder, digits or synthetic", tasks=("resnet",)),
             Flag("dataset", "wiki or synthetic", tasks=("bert",)),
             Flag("data", "folder of the data set", str, "DIR"),

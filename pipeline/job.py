@@ -21,6 +21,7 @@ from pipeline.errors import Fenced, UserError
 from pipeline.hetero import Profile as Hetero
 from pipeline.hetero import check_places
 from pipeline.optim import scaled
+from pipeline.outputs import Output, outputs_of, rescue_weights, try_outputs
 from pipeline.partition import (
     Profile,
     conditions_of,
@@ -74,6 +75,9 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     plan = plan_run(settings, task, counts, pipelines=world.num_pipelines, say=say, elastic=elastic, begun=begun)
     say(describe_run(plan, world))
     world.connect()
+    if not world.late:  # else the others are training already, and what they need is there
+        outputs = outputs_of(settings, pipeline=world.pipeline, stage=world.stage, stages=world.num_stages)
+        try_outputs(outputs, rank=world.rank, host=world.host)
     hetero = read_profile(settings.hetero) if settings.hetero else EVEN
     check_places(hetero, world.places)
     transport = transport or choose_transport(settings.backend, world, edges(plan.schedule, plan.shape))
@@ -82,11 +86,14 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
     with trainer.archive.open():
         if begun is not None and not world.late:
             trainer.resume(begun)
+        elif begun is None and settings.init is not None and not world.late:
+            say(start_from(trainer, settings.init))
         world.barrier()
         trainer.run()
         try:
             if not trainer.over:
                 export(trainer)
+                rescue(trainer)
                 finish(trainer)
         except Fenced:  # so late that the others have ended without it
             pass
@@ -155,6 +162,8 @@ def _balanced(
     if path is not None and path.exists():
         costs = load_profile(path, task.model, batch=batch, device=world.device, autocast=autocast).costs
     else:
+        if path is not None:
+            try_outputs([Output("profile", path, "whole file")], rank=world.rank, host=world.host)
         measured = profile_blocks(
             task.model, batch=batch, device=world.device, clock=perf_counter, repeats=3, warmup=1, autocast=autocast
         )
@@ -216,6 +225,32 @@ def _export(trainer: Trainer, path: str) -> None:
         trainer.archive.export_failure = f"--export {path}: {error}"
 
 
+def start_from(trainer: Trainer, path: str) -> str:
+    """Takes this stage's weights from --init; a line about it.
+
+    Raises:
+        UserError: it cannot be read, or does not fit.
+    """
+    from pipeline.initial import open_source, take_initial
+
+    model, stage = trainer.task.model, trainer.stage
+    live = stage.model_state() | stage.borrowed_state()
+    return take_initial(live, model, open_source(path, model.config), partial=trainer.settings.init_partial)
+
+
+def rescue(trainer: Trainer) -> None:
+    """Puts weights that could not be written where they should be somewhere else, while all stages are there."""
+    world = trainer.world
+    if trainer.archive.lacks_weights and world.pipeline == trainer.saver:
+        trainer.archive.rescued = rescue_weights(
+            trainer.stage.model_state(),
+            trainer.task.model.ties,
+            stage=world.stage,
+            stages=world.num_stages,
+            host=world.host,
+        )
+
+
 def finish(trainer: Trainer) -> None:
     """Gathers what every rank did; whoever gets it prints the table and writes the pictures.
 
@@ -235,7 +270,10 @@ def finish(trainer: Trainer) -> None:
             kept = f"{trainer.settings.out} is left as it was"
             print_line(f"this run was over before, after {trainer.calendar.made} updates: nothing was trained, {kept}")
         elif gathered is not None:
-            write_gathered(gathered, trainer.settings.out)
+            try:
+                write_gathered(gathered, trainer.settings.out)
+            except UserError as error:  # told when all else is done
+                trainer.archive.report_failure = str(error)
         written = world.any_of(gathered is not None)
 
 

@@ -349,11 +349,20 @@ class WhoeverSpeaks:
             if self._writers is None:
                 self._writers = self._open(self._events == 1)
             for writer in self._writers:
-                writer.write(event, values)
+                self._carefully(writer, lambda writer=writer: writer.write(event, values))  # type: ignore[misc]
+
+    def _carefully(self, writer: Writer, act: Callable[[], object]) -> None:
+        """A log that cannot be written any more is no reason to end what it is about."""
+        try:
+            act()
+        except OSError as error:
+            self._writers = tuple(other for other in self._writers or () if other is not writer)
+            said = f"warning: {type(writer).__name__} of this run ends here: {error.strerror or error}"
+            write_line(said, sys.stderr)
 
     def close(self) -> None:
         for writer in self._writers or ():
-            writer.close()
+            self._carefully(writer, writer.close)
 
 
 def _writers(settings: Settings, run_name: str, means: tuple[str, ...], *, append: bool) -> tuple[Writer, ...]:

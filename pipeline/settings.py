@@ -86,6 +86,8 @@ class Settings:
     bert_config: str | None = None
     vocab: str | None = None
     untied: bool = False
+    init: str | None = None
+    init_partial: bool = False
     workers: int | None = None
     test_io: int = 0
 
@@ -422,6 +424,8 @@ def _check_simulated(settings: Settings) -> None:
 
 
 def _check_files(settings: Settings) -> None:
+    if settings.init_partial and settings.init is None:
+        raise UserError("--init-partial needs --init FILE: what should the training start from?")
     if settings.checkpoint_every and settings.checkpoint is None:
         raise UserError("--checkpoint-every needs --checkpoint DIR: where should the checkpoints go?")
     if settings.resume == "" and settings.checkpoint is None:

@@ -30,6 +30,7 @@ theirs: Any = modeling_bert  # typed in part only, and differently from version 
 
 TIES = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
 ATTENTION = ("sdpa", "eager")
+FREE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "pad_token_id")  # of given weights
 
 
 def bert(
@@ -58,6 +59,7 @@ def bert(
         sample=partial(_sample, shape, seq_length),
         reference_cut=reference_cut(shape.num_hidden_layers),
         ties=TIES if tied else {},
+        config={"model_type": "bert"} | {name: value for name, value in asdict(shape).items() if name not in FREE},
     )
 
 

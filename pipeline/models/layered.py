@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class LayeredModel:
     ties: full name of a borrowed parameter -> full name of its owner. The borrower is built with a parameter
         of its own of the same shape; whoever holds both ends replaces it (`tie`), or keeps the two equal.
     sample: batch size -> inputs of the first block, on the CPU, the same at every call.
+    config: what a config.json of transformers says of the same model.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayeredModel:
     sample: Callable[[int], Tensors]
     reference_cut: tuple[int, ...] | None = None
     ties: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.stem < 0 or self.head < 0 or self.num_body <= 0:
