@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from heturun.agent import die_with_parent
@@ -48,7 +49,7 @@ class FaultyJob:
     Args:
         folder: an empty one, for all files of the job; its name is in the command line of every worker.
         command: of a worker, without --placement; by default train_resnet.py with `options`.
-        launcher, restarts: heturun's --launcher and --max-restarts.
+        launcher, restarts: heturun's --launcher and --max-restarts. environment: variables besides this process's.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class FaultyJob:
         launcher: str = "local",
         restarts: int = 0,
         more: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._environment = environment
         self.folder, self.stages, self.pipelines = folder, stages, pipelines
         self.output = folder / "output.txt"
         layout = write_layout(folder / "layout.py", stages, pipelines)
@@ -78,7 +81,11 @@ class FaultyJob:
 
     def __enter__(self) -> FaultyJob:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HETURUN_DIARY": str(self.folder / "diary")}
-        environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment |= {
+            **self._environment,
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 self._argv,
