@@ -17,12 +17,15 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from heturun.wire import prove, split_address
+from pipeline.outside import parse_json
 
 SOCKET_BYTES = 4 << 20  # a buffer that takes a whole small model, so that its sender need not wait for its receiver
+MAX_BYTES = 1 << 40  # that may follow a header
 
 View = memoryview
 
@@ -50,6 +53,7 @@ class Header(NamedTuple):
 
 
 _HEADER = struct.Struct("!BIIqIQ")
+_KINDS = frozenset(Kind)
 
 
 def send_frame(sock: socket.socket, header: Header, payload: View | bytes = b"") -> int:
@@ -74,11 +78,16 @@ def receive_header(sock: socket.socket) -> Header:
 
     Raises:
         EOFError: the other end closed the connection.
-        OSError: it is gone, or the deadline passed.
+        OSError: it is gone, the deadline passed, or what came is no header.
     """
     head = bytearray(_HEADER.size)
     receive_into(sock, View(head))
-    return Header(*_HEADER.unpack(head))
+    header = Header(*_HEADER.unpack(head))
+    if header.kind not in _KINDS or header.nbytes > MAX_BYTES:
+        raise ConnectionError(
+            f"a frame of kind {header.kind} and {header.nbytes} bytes: the other end speaks otherwise"
+        )
+    return header
 
 
 def receive_into(sock: socket.socket, view: View) -> None:
@@ -195,8 +204,14 @@ def pack_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> byte
 
 
 def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `pack_state`."""
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    values: dict[str, Any] = json.loads(header["__metadata__"]["values"])
-    return load(data), values
+    """The inverse of `pack_state`.
+
+    Raises:
+        ValueError: these bytes are not what `pack_state` returns.
+    """
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        values: dict[str, Any] = parse_json(parse_json(data[8 : 8 + length])["__metadata__"]["values"])
+        return load(data), values
+    except (struct.error, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{len(data)} bytes are not the state of a replica: {error}") from None

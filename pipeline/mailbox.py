@@ -44,6 +44,7 @@ class Mailbox:
         self._active: list[int] = []
         self._floor = -1  # rounds below are over
         self._closed = False
+        self._error: Exception | None = None  # of a thread that reads
         self._changed = threading.Condition()
 
     # who can send
@@ -104,6 +105,12 @@ class Mailbox:
         """Nobody sends any more."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """A thread that reads has failed in a way that nobody foresaw: whoever waits here, now or later, is told."""
+        with self._changed:
+            self._error = self._error or error
             self._changed.notify_all()
 
     # what came
@@ -173,6 +180,7 @@ class Mailbox:
         Raises:
             GroupBroken: a missing part's sender is gone, or a member gave up since another was.
             PeerLost: the deadline passed.
+            RuntimeError: a thread that reads has failed.
         """
         started = monotonic()
         while True:
@@ -201,6 +209,10 @@ class Mailbox:
             self._missing = [other for other in self._missing if other is not missing]
 
     def _check(self, missing: Iterable[Key], members: Mapping[int, int]) -> None:
+        if self._error is not None:
+            raise RuntimeError(
+                f"pipeline {self.pipeline} could not read what others sent: {self._error!r}"
+            ) from self._error
         if (
             self._closed
             or self._is_gone(self.pipeline)

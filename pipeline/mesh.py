@@ -255,6 +255,9 @@ class Mesh:
             self._drop(peer, purpose, link)
             self._mailbox.cut(peer, link.generation, own)
             raise GroupBroken(peer) from error
+        except Exception:  # the answer was not read to its end, and the next one begins behind it
+            self._drop(peer, purpose, link)
+            raise
 
     # outgoing connections
 
@@ -314,12 +317,24 @@ class Mesh:
     def _accept(self) -> None:
         for sock in self._porch.arrivals():
             thread = threading.Thread(target=self._serve, args=(sock,), name="mesh-reader", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads can be had
+                sock.close()
+                self._mailbox.fail(error)
+                continue
             with self._lock:
                 self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        """Reads one connection to its end; the first frame says whose it is."""
+        """Reads one connection to its end; an error that nobody foresaw is raised by whoever waits for what it read."""
+        try:
+            self._read(sock)
+        except Exception as error:
+            self._mailbox.fail(error)
+
+    def _read(self, sock: socket.socket) -> None:
+        """The first frame says whose the connection is."""
         caller = Caller(sock, own=self._mailbox.generation)
         with self._lock:
             if self._closed:
@@ -364,6 +379,8 @@ class Mesh:
             self._reply(sock, header, lambda: self._swapped(header, memory))
         elif header.kind == Kind.STATE:
             self._reply(sock, header, self._provided)
+        else:
+            raise ConnectionError(f"a frame of kind {header.kind}, which is no beginning")
 
     def _swapped(self, header: Header, memory: Tensor) -> frames.View | bytes | None:
         if self._swapper is None or header.generation < self._mailbox.generation_of(header.sender):

@@ -6,14 +6,15 @@ For comparing many replicas on a small machine; a stage's neighbours are queues 
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from pipeline.elastic_world import ElasticWorld
-from pipeline.errors import UserError
+from pipeline.errors import Fenced, GroupBroken, TooFewReplicas, UserError
+from pipeline.failures import is_secondary
 from pipeline.settings import Settings
 from pipeline.training import Task
 from pipeline.transport.local import local_transports
@@ -21,6 +22,8 @@ from pipeline.transport.protocol import Transport
 from pipeline.world import World
 
 TrainRank = Callable[[Settings, Task, World, Transport], None]
+
+CAUSE_S = 5.0  # after an error that another thread's has led to, for that one to be told
 
 
 def run_threads(settings: Settings, task: Task, world: World, train_rank: TrainRank) -> None:
@@ -38,22 +41,48 @@ def run_threads(settings: Settings, task: Task, world: World, train_rank: TrainR
         for pipeline in range(placement.num_pipelines)
         for transport in local_transports(placement.num_stages, pipeline=pipeline, timeout_s=world.timeout_s)
     ]
-    errors: list[BaseException] = []
 
     def work(rank: int) -> None:
-        try:
-            train_rank(settings, task, _world_of(world, settings, rank), transports[rank])
-        except BaseException as error:  # handed to the main thread
-            errors.append(error)
+        train_rank(settings, task, _world_of(world, settings, rank), transports[rank])
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(placement.size)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads) and not errors:
-        for thread in threads:
-            thread.join(timeout=0.1)
+    run_together([partial(work, rank) for rank in range(placement.size)])
+
+
+def run_together(works: Sequence[Callable[[], None]], *, cause_s: float = CAUSE_S) -> None:
+    """Carries out each in a thread of its own; returns when all have, or raises the error that made the others."""
+    errors: list[BaseException] = []
+    ended = 0
+    changed = threading.Condition()
+
+    def carry_out(work: Callable[[], None]) -> None:
+        nonlocal ended
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as mine:  # handed to the main thread
+            error = mine
+        with changed:
+            ended += 1
+            errors.extend([] if error is None else [error])
+            changed.notify_all()
+
+    for work in works:
+        threading.Thread(target=carry_out, args=(work,), daemon=True).start()
+    with changed:
+        changed.wait_for(lambda: errors or ended == len(works))
+        changed.wait_for(lambda: ended == len(works) or not all(map(is_consequence, errors)), cause_s)
     if errors:
-        raise errors[0]
+        raise first_cause(errors)
+
+
+def first_cause(errors: Sequence[BaseException]) -> BaseException:
+    """The first that is no consequence of another's; if all are, the first."""
+    return next((error for error in errors if not is_consequence(error)), errors[0])
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error says that somebody else went away."""
+    return isinstance(error, Fenced | GroupBroken | TooFewReplicas) or is_secondary(error)
 
 
 def _world_of(world: World, settings: Settings, rank: int) -> ElasticWorld:
@@ -62,5 +91,4 @@ def _world_of(world: World, settings: Settings, rank: int) -> ElasticWorld:
         world.identity, rank=rank, size=placement.size, local_rank=rank, local_size=placement.size, mpi=False
     )
     one = World(me, placement, timeout_s=world.timeout_s, control=world.control)
-    one.oversubscribed = placement.size > (os.cpu_count() or 1)
     return ElasticWorld(one, settings)

@@ -23,6 +23,7 @@ from heturun.wire import admit, split_address
 from pipeline import frames
 from pipeline.draw import shuffled
 from pipeline.errors import GroupBroken, PeerLost
+from pipeline.frames import Header, Kind
 from pipeline.mailbox import Key, Mailbox
 from pipeline.mesh import Mesh
 from pipeline.rounds import mean_of
@@ -172,6 +173,54 @@ def test_a_model_of_another_size_is_an_error_with_both_sizes() -> None:
                 1: lambda: made[1].average(torch.ones(3), (0, 1), 0),
             }
         )
+
+
+def test_an_error_in_a_reader_thread_is_raised_where_its_replica_waits_and_cuts_its_peers_off() -> None:
+    def out_of_memory(sock: socket.socket, header: Header) -> None:
+        raise MemoryError(f"{header.nbytes} bytes")
+
+    with meshes(3, timeout_s=10 * PATIENCE_S) as made:
+        made[1]._take = out_of_memory  # type: ignore[method-assign]
+        began = monotonic()
+        with pytest.raises(RuntimeError, match=r"pipeline 1 could not read what others sent: MemoryError"):
+            made_of_three = {p: torch.ones(100_000) for p in range(3)}  # in chunks: 0 and 2 wait for what 1 adds up
+            averages(made, made_of_three, 0)
+        assert monotonic() - began < PATIENCE_S
+
+
+def test_an_answer_that_cannot_be_taken_leaves_no_rest_to_be_read_as_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(nbytes: int) -> Tensor:
+        raise MemoryError(f"{nbytes} bytes")
+
+    with meshes(2) as made:
+        made[1].on_swap(lambda theirs: torch.full((4,), 2.0))
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(made[0].memory, "take", out_of_memory)
+            made[0].swap(1, torch.ones(4))
+        theirs = made[0].swap(1, torch.ones(4))
+        assert theirs is not None and torch.equal(theirs, torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize(
+    "header", [Header(99, 0, 0), Header(Kind.PART, 0, 0, nbytes=1 << 63), Header(Kind.ANSWER, 0, 0)]
+)
+def test_a_frame_that_makes_no_sense_ends_its_connection_and_nothing_else(header: Header) -> None:
+    with meshes(2) as made:
+        host, _, port = made[1].address.rpartition(":")
+        sock = frames.dial(f"{host}:{port}", frames.mesh_key(KEY), timeout_s=PATIENCE_S, keep=lambda sock: None)
+        sock.sendall(frames._HEADER.pack(*header))
+        assert sock.recv(1) == b""
+        sock.close()
+        introduce(made, {0: 1})  # whoever spoke so is suspected, and comes back
+        assert averages(made, random_models((0, 1), 3), 5)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 8, b"\x08" + b"\0" * 7 + b"not JSON", (9).to_bytes(8, "little") + b"{" * 100]
+)
+def test_a_state_that_is_none_is_one_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="bytes are not the state of a replica"):
+        frames.unpack_state(data)
 
 
 def test_bytes_are_counted() -> None:
