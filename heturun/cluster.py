@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.outside import parse_yaml
 
 LOCAL = "localhost"
 
@@ -77,19 +78,14 @@ def load_cluster(path: Path) -> Cluster:
     Raises:
         UserError: in one line: the file, the key, what is wrong and what to write.
     """
-    import yaml  # here, so that --help need not wait for it
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one like config/local.yml, or give -w N instead") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give -c a text file like config/local.yml") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{path}{where}: not YAML: {problem}; correct it, config/local.yml is an example") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; correct it, config/local.yml is an example") from None
     try:
         return parse_cluster(values)
     except UserError as error:

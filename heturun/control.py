@@ -171,9 +171,10 @@ class Control:
             if self.on_push is not None:
                 self.on_push(message)
             return
+        number = message["number"]
         with self._lock:
-            if message["number"] == self._drawing:
+            if number == self._drawing:
                 self._drawing = None
-            waiting = self._answers.get(int(message["number"]))
+            waiting = self._answers.get(number) if isinstance(number, int) else None
         if waiting is not None:  # else it came after its deadline
             waiting.put(message)

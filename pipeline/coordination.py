@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -32,6 +33,7 @@ from heturun.wire import split_address
 from pipeline.answers import Answer
 from pipeline.curve import curve_keys
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, TooFewReplicas, UserError
+from pipeline.outside import parse_json
 from pipeline.roll import JobRules as JobRules
 
 FRAME_BYTES = 1 << 20  # the coordinator takes no longer message
@@ -100,6 +102,17 @@ _ERRORS: Mapping[str, Callable[[str], Exception]] = {
 }
 
 
+_NEWS: Mapping[str, Mapping[str, type]] = {  # what comes unasked, and what it must hold
+    "pong": {},
+    "lost": {"pipeline": int, "g": int},
+    "joined": {"pipeline": int, "g": int, "mesh": str},
+    "fenced": {"g": int, "text": str},
+    "told": {"value": object},
+    "stop": {"text": str},
+    "replaced": {"text": str},
+}
+
+
 def _ignore(pipeline: int, generation: int) -> None:
     pass
 
@@ -159,6 +172,7 @@ class Client:
         self._failure: Callable[[], Exception] | None = None  # what all questions fail with from now on
         self._closed = False
         self._ended = False  # the thread
+        self._complained = False
         self._giver: int | None = None
         self._told: list[Any] = []
         self._granted: dict[tuple[int, int], int] = {}  # (segment, k) -> ticket, not asked for yet
@@ -361,23 +375,33 @@ class Client:
             self._news(message)
             return
         with self._lock:
-            call = self._calls.pop(number, None)
+            call = self._calls.pop(number, None) if isinstance(number, int) else None
         if call is None:
             return  # it came twice, or its future has failed already
-        error = message.get("error")
+        error, text = message.get("error"), str(message.get("text", ""))
         if error is None:
-            _resolve(call.future, call.decode(message))
+            try:
+                value = call.decode(message)
+            except (LookupError, TypeError, ValueError):
+                _reject(call.future, CoordinatorLost(f"the coordinator answered {call.kind} with {message!r:.80}"))
+            else:
+                _resolve(call.future, value)
             return
-        if error == "fenced":
+        if error == "fenced" and isinstance(message.get("g"), int):
             self._fence(message["g"])
         if error == "refused" and call.kind == "hello":
-            _reject(call.future, UserError(message["text"]))
+            _reject(call.future, UserError(text))
+        elif isinstance(error, str) and error in _ERRORS:
+            _reject(call.future, _ERRORS[error](text))
         else:
-            _reject(call.future, _ERRORS[error](message["text"]))
+            _reject(call.future, CoordinatorLost(f"the coordinator answered {call.kind} with {message!r:.80}"))
 
     def _news(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "lost":
+        kind = message.get("type")
+        fields = _NEWS.get(kind) if isinstance(kind, str) else None
+        if fields is None or not all(isinstance(message.get(name), type_) for name, type_ in fields.items()):
+            self._complain(message)
+        elif kind == "lost":
             self._set_generation(message["pipeline"], message["g"], live=False)
             self._on_lost(message["pipeline"], message["g"])
         elif kind == "joined":
@@ -392,6 +416,12 @@ class Client:
             self._fail(lambda: TooFewReplicas(message["text"]))
         elif kind == "replaced" and not any(call.kind == "hello" for call in self._calls.values()):
             self._fail(lambda: Replaced(message["text"]))
+
+    def _complain(self, message: Any) -> None:
+        """Says once that something came that is not understood here."""
+        if not self._complained:
+            self._complained = True
+            sys.stderr.write(f"warning: not understood, from the coordinator: {message!r:.80}\n")
 
     def _set_generation(self, pipeline: int, generation: int, *, live: bool, mesh: str = "") -> None:
         others = {index: address for index, address in self.peers.items() if index != pipeline}
@@ -576,7 +606,10 @@ class _Line:
         messages = []
         while True:
             try:
-                messages.append(json.loads(self._socket.recv(zmq.NOBLOCK)))
+                message = parse_json(self._socket.recv(zmq.NOBLOCK))
+                messages.append(message if isinstance(message, dict) else {"type": "no object"})
+            except ValueError as error:
+                messages.append({"type": str(error)})  # which nobody knows: it is complained of
             except zmq.Again:
                 return messages
 

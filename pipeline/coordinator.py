@@ -41,6 +41,7 @@ from heturun.wire import join_address, split_address
 from pipeline.curve import curve_keys
 from pipeline.director import Director
 from pipeline.errors import CoordinatorLost, UserError
+from pipeline.outside import parse_json
 from pipeline.post import Outgoing
 from pipeline.roll import Malformed
 
@@ -172,8 +173,13 @@ class Coordinator:
 
     def _send(self, outgoing: Outgoing) -> None:
         for worker, message in outgoing:
+            try:
+                text = _encode(message).encode()
+            except RecursionError:  # it could just be read
+                self._complain("dropped a message: nested too deeply to be passed on")
+                continue
             with contextlib.suppress(zmq.ZMQError):  # EHOSTUNREACH: it went away, and heartbeats will tell
-                self._router.send_multipart((worker, _encode(message).encode()), zmq.NOBLOCK)
+                self._router.send_multipart((worker, text), zmq.NOBLOCK)
 
     def _sleep(self) -> float:
         """Waits for anything to happen; returns for how long at most.
@@ -238,8 +244,8 @@ def _decode(frames: list[bytes]) -> dict[str, Any]:
     if len(frames[1]) > FRAME_BYTES:
         raise Malformed(f"longer than {FRAME_BYTES} bytes")
     try:
-        message = json.loads(frames[1])
-    except (ValueError, RecursionError):
+        message = parse_json(frames[1])
+    except ValueError:
         raise Malformed("not JSON") from None
     if not isinstance(message, dict):
         raise Malformed("not a JSON object")
@@ -293,9 +299,10 @@ def _end_on_signals(coordinator: Coordinator) -> None:
 
 
 def _watch(coordinator: Coordinator, message: dict[str, Any]) -> None:
-    """A push of the launcher's."""
-    if message["type"] == "lost":
-        coordinator.lost(int(message["pipeline"]), str(message["message"]), message.get("incarnation"))
+    """A push of the launcher's; of what another version of it says, nothing is understood here."""
+    pipeline, incarnation = message.get("pipeline"), message.get("incarnation")
+    if message.get("type") == "lost" and isinstance(pipeline, int) and isinstance(incarnation, int | None):
+        coordinator.lost(pipeline, str(message.get("message")), incarnation)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.layered import LayeredModel, Tensors, as_tuple, build_blocks
+from pipeline.outside import parse_json
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,12 @@ def _blocks_and_sizes(model: LayeredModel) -> tuple[tuple[str, int], ...]:
 
 def _read(path: Path) -> Profile:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
         conditions = Conditions(**{field.name: raw["conditions"][field.name] for field in fields(Conditions)})
         return Profile(conditions, tuple(_read_cost(cost) for cost in raw["costs"]))
     except OSError as error:
         raise UserError(f"cannot read profile {path}: {error.strerror}; measure one by naming a new file") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a profile ({error!r}); delete it to measure again") from error
 
 

@@ -219,6 +219,8 @@ class _Job:
         number, stage, index = (field_of(message, name, int) for name in ("n", "stage", "pipeline"))
         incarnation, mesh = field_of(message, "incarnation", int), field_of(message, "mesh", str)
         timeout_s, rules = field_of(message, "timeout", float), field_of(message, "rules", dict)
+        if not 0 < timeout_s < NEVER:
+            raise Malformed(f"hello with timeout = {timeout_s}")
         known = self.roll.workers.get(worker_id)
         if known is not None and self._post.repeated(known, number):
             return self._post.taken()

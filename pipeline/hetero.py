@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from pipeline.actions import Op
 from pipeline.draw import draw
 from pipeline.errors import UserError
+from pipeline.outside import parse_yaml
 from pipeline.units import bytes_per_second
 
 SLOWED = (Op.FORWARD, Op.BACKWARD)
@@ -209,12 +210,11 @@ def _rules_of(part: str, read: Read | None) -> tuple[Rule, ...]:
 
 def _rules_in(file: str, read: Read) -> tuple[Rule, ...]:
     """The rules of a YAML file, whose own files lie beside it."""
-    import yaml  # a moment to import, and few need it
-
+    text = read(file)
     try:
-        entries = yaml.safe_load(read(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"--hetero {file}: not YAML: {' '.join(str(error).split())}") from None
+        entries = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"--hetero {file}: {error}") from None
     if not isinstance(entries, list):
         raise UserError(f"--hetero {file}: expected a list of profiles, one per line, as in - slow:pipeline=3,factor=5")
     rules: list[Rule] = []

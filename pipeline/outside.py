@@ -40,8 +40,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("not YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ValueError(f"not YAML{where}: {problem}") from None
+        raise ValueError(f"not YAML{where}: {' '.join(problem.split())}") from None
     except Exception as error:  # of a tag's constructor: !!int x is a ValueError, !!bool x a KeyError, and so on
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from None

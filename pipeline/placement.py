@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.outside import parse_json
 
 LOCAL = "localhost"
 DEFAULT_FILE = "device_list.py"
@@ -152,7 +153,7 @@ class Placement:
     @staticmethod
     def from_json(text: str) -> Placement:
         """The inverse of `to_json`; raises `ValueError` for other text."""
-        values = json.loads(text)
+        values = parse_json(text)
         return Placement(values["name"], tuple(tuple(Device(*device) for device in row) for row in values["rows"]))
 
 

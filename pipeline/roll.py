@@ -6,7 +6,7 @@ coming ──all said hello──► live ──silence, suspicion, the launcher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ Message = dict[str, Any]
 State = Literal["coming", "live", "away", "finished"]
 
 LISTED = 8  # names in a sentence
+MOST_WORKERS = 1 << 20  # of a job
 
 T = TypeVar("T")
 
@@ -63,17 +64,49 @@ class JobRules:
     @classmethod
     def from_message(cls, message: Message) -> JobRules:
         """The inverse; raises `Malformed`."""
+        missing = [item.name for item in fields(cls) if item.name not in message]
+        if missing:
+            raise Malformed(f"rules without {', '.join(missing)}")
+        known = {item.name: message[item.name] for item in fields(cls)}
+        wrong = [name for name, valid in _VALID.items() if not valid(known[name])]
+        if wrong:
+            raise Malformed(f"rules with {', '.join(f'{name} = {known[name]!r:.40}' for name in wrong)}")
+        stages, pipelines, hosts = known["stages"], known["pipelines"], known["hosts"]
+        if stages * pipelines > MOST_WORKERS:
+            raise Malformed(f"rules of {stages} x {pipelines} workers")
+        if hosts is not None and (len(hosts) != stages or any(len(row) != pipelines for row in hosts)):
+            raise Malformed("rules with hosts of another shape")
+        rules = cls(**{**known, "hosts": None if hosts is None else tuple(map(tuple, hosts))})
         try:
-            hosts = message["hosts"]
-            known = {item.name: message[item.name] for item in fields(cls)}
-            rules = cls(**{**known, "hosts": None if hosts is None else tuple(map(tuple, hosts))})
-            valid = rules.groups.max_group > 0 and min(rules.stages, rules.pipelines) >= 1
-            valid = valid and rules.heartbeat_timeout_s > 0
-        except (KeyError, TypeError, ValueError) as error:
-            raise Malformed(f"rules without a field, or with a wrong one: {error!r}") from error
-        if not valid:
-            raise Malformed("rules with stages, pipelines or heartbeat_timeout_s of 0")
+            rules.groups  # noqa: B018
+        except ValueError as error:
+            raise Malformed(f"rules with a wrong field: {error}") from None
         return rules
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(isinstance(name, str) for name in row) for row in value
+    )
+
+
+_VALID: Mapping[str, Callable[[Any], bool]] = {
+    "stages": _counts,
+    "pipelines": _counts,
+    "policy": lambda value: isinstance(value, str),
+    "max_group": _counts,
+    "connect_within": lambda value: value is None or _counts(value),
+    "wait": lambda value: isinstance(value, str),
+    "seed": lambda value: type(value) is int,
+    "even": lambda value: type(value) is bool,
+    "min_replicas": lambda value: type(value) is int,
+    "heartbeat_timeout_s": lambda value: type(value) in (int, float) and 0 < value < float("inf"),
+    "hosts": lambda value: value is None or _is_table(value),
+}
 
 
 class Ask(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.outside import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +103,12 @@ def read_shape(spec: str) -> BertShape:
     inline = spec.lstrip().startswith("{")
     where = "the inline BERT config" if inline else spec
     try:
-        config = json.loads(spec if inline else Path(spec).read_text(encoding="utf-8"))
+        config = parse_json(spec if inline else Path(spec).read_bytes())
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot read BERT config {spec!r} ({reason}); give {_CHOICES}") from error
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{where} holds a {type(config).__name__}, not a JSON object of keys and values")
     return _shape_of(config, where)
