@@ -492,7 +492,7 @@ class Client:
         return b"p%d.s%d.i%d" % (self.pipeline, self.stage, self.incarnation)
 
     def _dispose(self) -> None:
-        self._context.term()
+        self._context.destroy(linger=0)  # also a socket that was half made when files ran out: `term` waits for it
         with self._lock:
             wake, self._wake = self._wake, -1
         os.close(wake)

@@ -30,6 +30,7 @@ from heturun.wire import OUTAGE_S
 from pipeline.coordination import FRAME_BYTES, Client, JobRules, Welcome
 from pipeline.diary import Diary
 from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewReplicas
+from pipeline.gathers import add_up
 from pipeline.json_exchange import broadcast_value, packed, unpacked
 from pipeline.meeting import Networks, choose_address, networks, pipeline_store, read_value
 from pipeline.mesh import Mesh
@@ -292,6 +293,14 @@ class ElasticWorld(World):
         except (Fenced, CoordinatorLost, TooFewReplicas):
             return dict(sums)
         return added
+
+    def sum_to_speaker(self, sums: dict[str, float]) -> dict[str, float]:
+        """The same for the one that speaks, {} for the others: for sums whose names are many."""
+        try:
+            rows = self.gather("sums to speaker", sums, scope="last", fold="rows to speaker")
+        except (Fenced, CoordinatorLost, TooFewReplicas):
+            return dict(sums)
+        return {} if rows is None else add_up(rows.values())
 
     def from_last_stage(self, value: Any) -> Any:
         if self.num_stages == 1:

@@ -243,6 +243,9 @@ class Told(Protocol):
     def told(self) -> list[Any]:
         """What has come since the last call, if this is the one."""
 
+    def sum_to_speaker(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums over all last stages, where they speak, {} elsewhere; all of them call it, and wait."""
+
 
 class ElasticJournal(Journal):
     """The log of a last stage whose pipeline does as much as it can, and waits for nobody.
@@ -306,7 +309,7 @@ class ElasticJournal(Journal):
             mixing: what mixing did so far. samples: that this pipeline has trained so far.
         """
         self._exchange()
-        done = self._sum_over_pipelines({f"samples_of_pipeline_{pipeline}": samples})
+        done = self._told.sum_to_speaker({f"samples_of_pipeline_{pipeline}": samples})
         self._exchange()  # what the others have told came before their part of the sum
         self._batches, self._tickets = batches, ticket
         if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:

@@ -34,7 +34,7 @@ class Desk:
 
     def __init__(self, folder: Path, *, elastic: bool, speaks: bool = True, add: Any = dict, **values: Any) -> None:
         self.said: list[str] = []
-        self.watch = Watch()
+        self.watch, self.add = Watch(), add
         self.told_to_others: list[Any] = []
         self.from_others: list[Any] = []
         settings = tiny_settings(folder, metrics=None, batch_size=BATCH, microbatches=None, pipeline="dp", **values)
@@ -55,6 +55,9 @@ class Desk:
     def told(self) -> list[Any]:
         told, self.from_others = self.from_others, []
         return told
+
+    def sum_to_speaker(self, sums: dict[str, float]) -> dict[str, float]:
+        return dict(self.add(sums))
 
     def lines(self) -> list[tuple[int, float, float]]:
         """(batch, speed, accuracy) of every speed line."""
