@@ -157,7 +157,8 @@ class ElasticTrainer(Trainer):
         )
 
     def _mean_over_pipelines(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return counts  # every pipeline updates on its own
+        """Where replicas share gradients; with a synchroniser every pipeline updates on its own."""
+        return self.reducer.share(counts) if isinstance(self.reducer, MeshReducer) else counts
 
     # --- running
 
@@ -327,7 +328,11 @@ class ElasticTrainer(Trainer):
         if self.is_last:
             feed = self._feed(self.task.train.targets, plan, start, None, 0)
             self.hooks.targets = TargetSupply(
-                iter(feed), self.task.criterion, ends_update=self.plan.shape.ends_update, device=self.world.device
+                iter(feed),
+                self.task.criterion,
+                ends_update=self.plan.shape.ends_update,
+                device=self.world.device,
+                shared=self._mean_over_pipelines if self.task.criterion.uneven else None,
             )
 
     def _ticket_of(self, microbatch: int) -> int:

@@ -438,21 +438,33 @@ class NothingToMix(NoMixer):
 
 
 class MeshReducer:
-    """The mean of the gradients over all live replicas, through the mesh: all-reduce for workers that are threads."""
+    """The mean of the gradients over all live replicas, through the mesh: all-reduce for workers that are threads.
+
+    last stage   L0: join a group, mean of the normalisers ── F0 B0 ── mean of the gradients in the same group ── U0
+    the others       F0 B0 ── join a group, mean of the gradients ── U0
+    """
 
     def __init__(self, weights: Weights, link: Link) -> None:
         self._weights, self._link = weights, link
         self._step = 0
+        self._group: Group | None = None  # of the update under way
         self.bytes_sent = 0  # the mesh counts them
 
     def open(self) -> None:
-        self._step += 1
+        return None
+
+    def share(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The mean of the normalisers, scalars, over those with whom the next update's gradients are averaged."""
+        group = self._group = self._join()
+        if len(group.members) == 1:
+            return counts
+        mesh, generations = self._link.mesh, group.generations
+        mean = mesh.average(torch.stack(counts), group.members, group.round, part=1, generations=generations)
+        return tuple(mean)
 
     def finish(self) -> None:
-        started = perf_counter()
-        group = self._link.joined(self._link.client.ready(self._step, ""))
+        group, self._group = self._group or self._join(), None
         met = perf_counter()
-        self._link.stats.spent(waiting_s=met - started)
         if len(group.members) > 1:
             slots, leaves = self._weights.slots, self._weights.newest.leaves
             pairs = zip(self._weights.gradients, leaves, strict=True)
@@ -461,3 +473,10 @@ class MeshReducer:
             parts = torch.split(mean, [slot.size for slot in slots])
             self._weights.gradients[:] = [part.view(slot.shape) for part, slot in zip(parts, slots, strict=True)]
         self._link.stats.spent(mixing_s=perf_counter() - met)
+
+    def _join(self) -> Group:
+        started = perf_counter()
+        self._step += 1
+        group = self._link.joined(self._link.client.ready(self._step, ""))
+        self._link.stats.spent(waiting_s=perf_counter() - started)
+        return group

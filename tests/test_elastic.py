@@ -83,3 +83,12 @@ def test_a_mistake_that_rank_zero_finds_ends_every_rank_with_that_one_line(tmp_p
     lines = heturun(tmp_path, "local_2x2", launcher=launcher, **options).splitlines()
     assert lines[-1].startswith(f"{tmp_path}/bad.json is not a profile") and "Traceback" not in "".join(lines)
     assert "all replicas are gone" not in "".join(lines)
+
+
+def test_threads_without_a_synchroniser_weigh_uneven_batches_as_processes_do(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task": {"train_size": 96, "masked": True}, "batch_size": 4, "epochs": 1}
+    for launcher in ("local", "threads"):
+        heturun(tmp_path / launcher, "local_2x2", launcher=launcher, **options)
+    threads, processes = losses(tmp_path / "threads"), losses(tmp_path / "local")
+    assert len(threads) == 12 and [loss is None for loss in threads] == [loss is None for loss in processes]
+    assert [x for x in threads if x is not None] == pytest.approx([x for x in processes if x is not None], rel=1e-6)
