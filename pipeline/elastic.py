@@ -70,7 +70,7 @@ class ElasticTrainer(Trainer):
         self.hooks.rate_at = self._rate_at
         self.probe = ConsensusProbe(
             world.client.gather,
-            lambda: self.stage.weights.newest.flat,
+            StageVector(self.stage).look,
             every=self.settings.consensus_every,
             stages=self.stages,
             tell=self._tell_distance,

@@ -146,8 +146,10 @@ class Executor:
         self._training = training if clock is None else clock.timed(training)
 
     def _find_tied_slot(self) -> int:
+        """Of the tied parameter, where this stage owns it and trains it; else -1."""
         names = [slot.name for slot in self.stage.weights.slots]
-        return names.index(self.tie.owner_name) if self.tie and self.tie.owner == self.position else -1
+        owns = self.tie is not None and self.tie.owner == self.position and self.tie.owner_name in names
+        return names.index(self.tie.owner_name) if self.tie is not None and owns else -1
 
     def _handlers(self) -> Handlers:
         return {
@@ -295,11 +297,12 @@ class Executor:
     def _recv_tied_gradient(self, microbatch: int) -> None:
         assert self.tie is not None
         (gradient,) = self.transport.recv(self.tie.borrower, "T", microbatch)
-        self.stage.add_gradient(self._tied_slot, gradient)
+        if self._tied_slot >= 0:
+            self.stage.add_gradient(self._tied_slot, gradient)
 
     def _send_tied_weight(self, microbatch: int) -> None:
         assert self.tie is not None
-        value = self.stage.weights.newest.leaves[self._tied_slot].detach()
+        value = self.stage.value_of(self.tie.owner_name)
         self.transport.send(self.tie.borrower, "W", microbatch, (value.clone(),))
 
     def _recv_tied_weight(self, microbatch: int) -> None:

@@ -471,7 +471,9 @@ class MeshReducer:
             flat = torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for g, leaf in pairs])
             mean = self._link.mesh.average(flat, group.members, group.round, generations=group.generations)
             parts = torch.split(mean, [slot.size for slot in slots])
-            self._weights.gradients[:] = [part.view(slot.shape) for part, slot in zip(parts, slots, strict=True)]
+            self._weights.gradients[:] = [
+                part.view(slot.shape).to(slot.dtype) for part, slot in zip(parts, slots, strict=True)
+            ]
         self._link.stats.spent(mixing_s=perf_counter() - met)
 
     def _join(self) -> Group:

@@ -77,9 +77,8 @@ class GradientReducer:
         self._weights, self._group = weights, group
         self._replicas = dist.get_world_size(group)
         self._timeout_s, self._description = timeout_s, description
-        example = weights.newest.flat
-        self._patience = _patience(group, example.device, timeout_s)
-        self._buckets = _make_buckets(weights.slots, late, bucket_bytes, example)
+        self._patience = _patience(group, weights.device, timeout_s)
+        self._buckets = _make_buckets(weights.slots, late, bucket_bytes, weights.device)
         self._place = {index: (bucket, n) for bucket in self._buckets for n, index in enumerate(bucket.indices)}
         self._late = {index for index, slot in enumerate(weights.slots) if slot.name in late}
         self._open = False
@@ -157,24 +156,26 @@ def _patience(group: dist.ProcessGroup, device: torch.device, timeout_s: float) 
     return () if nccl else (timedelta(seconds=timeout_s),)
 
 
-def _make_buckets(slots: Sequence[Slot], late: frozenset[str], bucket_bytes: int, example: Tensor) -> list[_Bucket]:
-    """Slots from last to first in pieces of about `bucket_bytes`; late ones in buckets of their own at the end."""
+def _make_buckets(
+    slots: Sequence[Slot], late: frozenset[str], bucket_bytes: int, device: torch.device
+) -> list[_Bucket]:
+    """Slots from last to first in pieces of one dtype and about `bucket_bytes`; late ones alone, at the end."""
     backwards = [i for i in reversed(range(len(slots))) if slots[i].name not in late]
     pieces: list[list[int]] = []
     room = 0
     for index in backwards:
-        if room <= 0:
+        if room <= 0 or slots[pieces[-1][-1]].dtype != slots[index].dtype:
             pieces.append([])
             room = bucket_bytes
         pieces[-1].append(index)
-        room -= slots[index].size * example.element_size()
+        room -= slots[index].size * slots[index].dtype.itemsize
     pieces += [[index] for index, slot in enumerate(slots) if slot.name in late]
-    return [_make_bucket(piece, slots, example) for piece in pieces]
+    return [_make_bucket(piece, slots, device) for piece in pieces]
 
 
-def _make_bucket(indices: list[int], slots: Sequence[Slot], example: Tensor) -> _Bucket:
+def _make_bucket(indices: list[int], slots: Sequence[Slot], device: torch.device) -> _Bucket:
     offsets, size = [], 0
     for index in indices:
         offsets.append(size)
         size += slots[index].size
-    return _Bucket(torch.zeros(size, dtype=example.dtype, device=example.device), indices, offsets)
+    return _Bucket(torch.zeros(size, dtype=slots[indices[0]].dtype, device=device), indices, offsets)

@@ -232,7 +232,8 @@ class Stage:
         self.weights.lend_gradients(entry.version)
         for loan in self.borrowed:
             loan.leaf.grad = loan.gradient
-        torch.autograd.backward(outputs, given)
+        if outputs:  # else all that leads to them is frozen
+            torch.autograd.backward(outputs, given)
         for loan in self.borrowed:
             loan.gradient, loan.leaf.grad = loan.leaf.grad, None
         self.weights.collect_gradients(entry.version)
@@ -244,6 +245,8 @@ class Stage:
     def _roots(self, entry: _InFlight, gradients: Tensors) -> tuple[list[Tensor], list[Tensor | None]]:
         if self.criterion is not None:
             scale = self.scaler.scale
+            if not entry.outputs[0].requires_grad:
+                return [], []
             return [entry.outputs[0] if scale == 1.0 else entry.outputs[0] * scale], [None]
         floating = [tensor for tensor in entry.outputs if tensor.is_floating_point()]
         pairs = [(out, grad) for out, grad in zip(floating, gradients, strict=True) if out.requires_grad]
@@ -425,6 +428,10 @@ class Stage:
         """Adds the gradient that a borrower of parameter `slot` computed."""
         self.weights.add_gradient(slot, gradient)
 
+    def value_of(self, name: str) -> Tensor:
+        """The newest value of a parameter that this stage owns, by its full name."""
+        return (self.weights.named() | self.weights.frozen)[name].detach()
+
     def take_sums(self) -> dict[str, Tensor]:
         """The criterion's sums since the last call, still on the device; {} where there is no criterion."""
         return self._sums.take()
@@ -507,7 +514,7 @@ def _decay_groups(weights: Weights, decay_norm_and_bias: bool) -> list[dict[str,
     flat = [index for index, slot in enumerate(weights.slots) if len(slot.shape) <= 1]
     rest = [index for index, slot in enumerate(weights.slots) if len(slot.shape) > 1]
     groups: list[dict[str, Any]] = [{"slots": rest}, {"slots": flat, "weight_decay": 0.0}]
-    return [group for group in groups if group["slots"]]
+    return [group for group in groups if group["slots"]] or groups[:1]
 
 
 def _copy(tensor: Tensor) -> Tensor:

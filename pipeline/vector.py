@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from pipeline.stage import Stage
 
 
 class StageVector:
-    """Reads and writes the newest weights of a stage and what goes with them, (n,) in the dtype of the weights.
+    """Reads and writes the newest weights of a stage and what goes with them, (n,) in the widest dtype of the weights.
+
+    Frozen parameters are no part of it: they are equal everywhere, and stay so.
 
     Args:
         state: also the floating optimiser state that is shaped like its parameter. buffers: also floating buffers.
@@ -24,56 +27,60 @@ class StageVector:
         self._stage = stage
         self._state: Callable[[], list[Tensor]] = stage.optimizer_tensors if state else list
         self._buffers = stage.floating_buffers() if buffers else []
+        flats = stage.weights.newest.flats
+        self._sizes = {dtype: flat.numel() for dtype, flat in flats.items()}
+        self._dtype = reduce(torch.promote_types, flats, torch.float32 if len(flats) != 1 else next(iter(flats)))
 
     @property
     def size(self) -> int:
         """n, which grows when the optimiser's state comes into being."""
-        return self._stage.weights.newest.flat.numel() + sum(extra.numel() for extra in self._extras())
+        return self.weights + sum(extra.numel() for extra in self._extras())
+
+    @property
+    def weights(self) -> int:
+        """How many of the first entries are weights."""
+        return sum(self._sizes.values())
 
     def read(self) -> Tensor:
         """A copy, (n,)."""
-        x = self._stage.weights.newest.flat.new_empty(self.size)
+        x = torch.empty(self.size, dtype=self._dtype, device=self._stage.weights.device)
         self.read_into(x)
         return x
 
     @torch.no_grad()
     def read_into(self, x: Tensor) -> None:
         """Copies into `x`, (n,)."""
-        flat, extras = self._stage.weights.newest.flat, self._extras()
-        x[: flat.numel()].copy_(flat)
-        for extra, part in zip(extras, self._parts(x, flat, extras), strict=True):
-            part.copy_(extra.flatten())
+        for live, part in self._pairs(x):
+            part.copy_(live.flatten())
 
     @torch.no_grad()
     def write(self, x: Tensor) -> None:
         """Replaces everything; micro-batches in flight keep the weights they ran with."""
         self._stage.make_writable()
-        flat = self._stage.weights.newest.flat
-        flat.copy_(x[: flat.numel()])
-        for extra, part in zip(extras := self._extras(), self._parts(x, flat, extras), strict=True):
-            extra.copy_(part.view_as(extra))
+        for live, part in self._pairs(x):
+            live.copy_(part.view_as(live))
 
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
         """Adds a correction to everything."""
         self._stage.make_writable()
-        flat = self._stage.weights.newest.flat
-        flat.add_(delta[: flat.numel()])
-        for extra, part in zip(extras := self._extras(), self._parts(delta, flat, extras), strict=True):
-            extra.add_(part.view_as(extra).to(extra.dtype))
+        for live, part in self._pairs(delta):
+            live.add_(part.view_as(live).to(live.dtype))
 
-    @property
-    def weights(self) -> int:
-        """How many of the first entries are weights."""
-        return self._stage.weights.newest.flat.numel()
+    def look(self) -> Tensor:
+        """The weights alone, (weights,), to be read at once: no copy where they are of one dtype."""
+        flats = list(self._stage.weights.newest.flats.values())
+        return flats[0] if len(flats) == 1 else torch.cat([flat.to(self._dtype) for flat in flats] or [self.empty()])
 
     def empty(self) -> Tensor:
         """A vector of zeros for weights alone, (weights,)."""
-        return torch.zeros_like(self._stage.weights.newest.flat)
+        return torch.zeros(self.weights, dtype=self._dtype, device=self._stage.weights.device)
 
     def parameters(self, x: Tensor) -> dict[str, Tensor]:
         """The weights in `x` by parameter; views, not copies."""
-        return {slot.name: slot.view(x) for slot in self._stage.weights.slots}
+        parts = torch.split(x[: self.weights], list(self._sizes.values())) if self._sizes else ()
+        by_dtype = dict(zip(self._sizes, parts, strict=True))
+        return {slot.name: slot.view(by_dtype) for slot in self._stage.weights.slots}
 
     def joined(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `parameters`, (weights,); what is absent is zero."""
@@ -86,5 +93,7 @@ class StageVector:
     def _extras(self) -> list[Tensor]:
         return [*self._state(), *self._buffers]
 
-    def _parts(self, x: Tensor, flat: Tensor, extras: list[Tensor]) -> list[Tensor]:
-        return list(torch.split(x[flat.numel() :], [extra.numel() for extra in extras])) if extras else []
+    def _pairs(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Live tensors, and their parts of `x`."""
+        live = [*self._stage.weights.newest.flats.values(), *self._extras()]
+        return list(zip(live, torch.split(x, [each.numel() for each in live]), strict=True)) if live else []

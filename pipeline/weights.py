@@ -7,13 +7,16 @@ A forward holds the newest version until its backward is over. An update writes 
 version, and into a copy when somebody does (copy on write), so gpipe and 1f1b keep one version and pipedream
 `stages - stage`, without being told. Gradients from an old version are applied to the newest (PipeDream, section 3.3).
 
+There is one flat buffer per dtype, as a rule one. A frozen parameter (`requires_grad=False`) has no versions: it stays
+where its module has it, and nobody writes to it.
+
 Each version has its own leaf tensors; installing a version puts them where the modules look for their parameters.
 autograd keeps the leaves of the version a forward ran with, and notices if their memory was written to since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,31 +26,33 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies: its full name, the modules that look for it, and its place in the flat buffer."""
+    """Where one parameter lies: its full name, the modules that look for it, and its place in its dtype's buffer."""
 
     name: str
     homes: tuple[tuple[nn.Module, str], ...]
     shape: torch.Size
     stride: tuple[int, ...]
+    dtype: torch.dtype
     offset: int
     size: int
 
-    def view(self, flat: Tensor) -> Tensor:
-        """The parameter's own view of `flat`, in its memory format."""
-        return flat.as_strided(self.shape, self.stride, self.offset)
+    def view(self, flats: Mapping[torch.dtype, Tensor]) -> Tensor:
+        """The parameter's own view of the buffer of its dtype (or of a part of a tensor), in its memory format."""
+        flat = flats[self.dtype]
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
 
 
 class Version:
-    """One set of values of all parameters: a flat buffer, a leaf tensor per parameter, and who still needs it."""
+    """One set of values of all parameters: a buffer per dtype, a leaf tensor per parameter, and who still needs it."""
 
-    def __init__(self, flat: Tensor, slots: Sequence[Slot]) -> None:
-        self.flat = flat
-        self.leaves = [nn.Parameter(slot.view(flat)) for slot in slots]
+    def __init__(self, flats: Mapping[torch.dtype, Tensor], slots: Sequence[Slot]) -> None:
+        self.flats = dict(flats)
+        self.leaves = [nn.Parameter(slot.view(self.flats)) for slot in slots]
         self.holders = 0
 
 
 class Weights:
-    """All parameters of a stage in one flat buffer per version, with the newest one installed in the modules.
+    """All trained parameters of a stage in flat buffers per version, with the newest one installed in the modules.
 
     Args:
         modules: (prefix, module) pairs; a parameter's full name is prefix + local name.
@@ -56,20 +61,23 @@ class Weights:
     Attributes:
         newest: the version that forwards compute with and updates write to.
         versions: how many versions have been allocated; the most that were needed at one time.
+        frozen: full name -> parameter, of those that are not trained.
         gradients: what has been accumulated per slot since the last update, None where nothing was.
     """
 
     def __init__(self, modules: Sequence[tuple[str, nn.Module]], *, exclude: frozenset[str] = frozenset()) -> None:
         self.slots = _lay_out(modules, exclude)
-        total = _padded(self.slots[-1].offset + self.slots[-1].size) if self.slots else 0
-        example = _first_parameter(modules)
-        flat = torch.zeros(total, dtype=example.dtype, device=example.device)
+        self.frozen = {name: p for name, _, p in _named_parameters(modules, exclude) if not p.requires_grad}
+        self.device = _device_of(modules)
+        flats = {
+            dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in _sizes(self.slots).items()
+        }
         with torch.no_grad():
             for slot in self.slots:
                 module, name = slot.homes[0]
-                slot.view(flat).copy_(module._parameters[name])  # type: ignore[arg-type]
+                slot.view(flats).copy_(module._parameters[name])  # type: ignore[arg-type]
         self._on_leaf: Callable[[int, nn.Parameter], object] | None = None
-        self.newest = Version(flat, self.slots)
+        self.newest = Version(flats, self.slots)
         self._free: list[Version] = []
         self.versions = 1
         self.gradients: list[Tensor | None] = [None] * len(self.slots)
@@ -145,7 +153,8 @@ class Weights:
             return False
         version = self._spare()
         with torch.no_grad():
-            version.flat.copy_(self.newest.flat)
+            for dtype, flat in version.flats.items():
+                flat.copy_(self.newest.flats[dtype])
         self.newest = version
         self._install(version)
         return True
@@ -154,7 +163,7 @@ class Weights:
         if self._free:
             return self._free.pop()
         self.versions += 1
-        version = Version(torch.empty_like(self.newest.flat), self.slots)
+        version = Version({dtype: torch.empty_like(f) for dtype, f in self.newest.flats.items()}, self.slots)
         self._announce(version)
         return version
 
@@ -163,31 +172,48 @@ class Weights:
         return {slot.name: leaf.data for slot, leaf in zip(self.slots, self.newest.leaves, strict=True)}
 
 
-def _first_parameter(modules: Sequence[tuple[str, nn.Module]]) -> Tensor:
+def _device_of(modules: Sequence[tuple[str, nn.Module]]) -> torch.device:
     for _, module in modules:
         for parameter in module.parameters():
-            return parameter
-    return torch.empty(0)
+            return parameter.device
+    return torch.device("cpu")
 
 
-def _lay_out(modules: Sequence[tuple[str, nn.Module]], exclude: frozenset[str]) -> tuple[Slot, ...]:
-    """One slot per distinct parameter, in the order of the modules; a parameter with two homes gets one slot."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    first: dict[int, tuple[str, nn.Parameter]] = {}
+def _named_parameters(
+    modules: Sequence[tuple[str, nn.Module]], exclude: frozenset[str]
+) -> Iterator[tuple[str, tuple[nn.Module, str], nn.Parameter]]:
+    """(full name, home, parameter) in the order of the modules; one with two homes comes twice."""
     for prefix, module in modules:
         for path, child in module.named_modules():
             for local, parameter in child._parameters.items():
                 name = f"{prefix}{path}.{local}" if path else f"{prefix}{local}"
-                if parameter is None or name in exclude:
-                    continue
-                homes.setdefault(id(parameter), []).append((child, local))
-                first.setdefault(id(parameter), (name, parameter))
-    slots, offset = [], 0
+                if parameter is not None and name not in exclude:
+                    yield name, (child, local), parameter
+
+
+def _lay_out(modules: Sequence[tuple[str, nn.Module]], exclude: frozenset[str]) -> tuple[Slot, ...]:
+    """One slot per distinct trained parameter, in the order of the modules; one with two homes gets one slot."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, home, parameter in _named_parameters(modules, exclude):
+        if parameter.requires_grad:
+            homes.setdefault(id(parameter), []).append(home)
+            first.setdefault(id(parameter), (name, parameter))
+    slots: list[Slot] = []
+    ends: dict[torch.dtype, int] = {}
     for key, (name, parameter) in first.items():
-        size = parameter.numel()
-        slots.append(Slot(name, tuple(homes[key]), parameter.shape, _dense_stride(parameter), offset, size))
-        offset = _padded(offset + size)
+        size, dtype, offset = parameter.numel(), parameter.dtype, ends.get(parameter.dtype, 0)
+        slots.append(Slot(name, tuple(homes[key]), parameter.shape, _dense_stride(parameter), dtype, offset, size))
+        ends[dtype] = _padded(offset + size)
     return tuple(slots)
+
+
+def _sizes(slots: Sequence[Slot]) -> dict[torch.dtype, int]:
+    """Entries in the buffer of each dtype."""
+    sizes: dict[torch.dtype, int] = {}
+    for slot in slots:
+        sizes[slot.dtype] = _padded(slot.offset + slot.size)
+    return sizes
 
 
 def _padded(offset: int) -> int:

@@ -149,7 +149,7 @@ def test_an_outer_optimiser_is_kept_by_parameter_and_read_by_any_number_of_stage
     sync, members = mixing(whole, SlowMo())
     states_of(whole, *members).adopt(given, {})
     named = StageVector(whole).parameters
-    for name, value in named(whole.weights.newest.flat).items():
+    for name, value in named(StageVector(whole).read()).items():
         assert torch.equal(given[f"sync.{name}.anchor"], value + 1)
         assert torch.equal(named(sync.state()["anchor"])[name], value + 1)
         assert torch.equal(named(sync.state()["slowmo_momentum"])[name], value * 2)
