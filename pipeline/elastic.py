@@ -340,6 +340,10 @@ class ElasticTrainer(Trainer):
         assert ticket is not None
         return ticket
 
+    def _name_of(self, microbatch: int) -> int:
+        part = microbatch % self.plan.microbatches
+        return self.common.name(self._ticket_of(microbatch) * self.plan.microbatches + part)
+
     def _rate_at(self, microbatch: int) -> float:
         return self.rate(self.segments.update(self._ticket_of(microbatch)))
 

@@ -232,6 +232,12 @@ class Plan:
         epoch = self.epoch(batch)
         return [(epoch, index) for index in self.microbatch_indices(batch, part)]
 
+    def name(self, microbatch: int) -> int:
+        """A number that no other micro-batch of the run has, of any pipeline: the samples that come before its own."""
+        batch, part = divmod(microbatch, self.microbatches)
+        before = self.epoch(batch) * self.size + self._before(batch)
+        return before + self.pipeline * self.batch_length(batch) + self._bounds(batch, part)[0]
+
     def _bounds(self, batch: int, part: int) -> tuple[int, int]:
         """Nearly equal parts, the longer ones first, as torch.tensor_split cuts them."""
         least, longer = divmod(self.batch_length(batch), self.microbatches)

@@ -195,6 +195,7 @@ class Stage:
         self._deferred = _deferred(self.modules)
         self._statistics = _Statistics(self.modules) if self._recompute else None
         self._still = RLock()  # held while running statistics are written, and while somebody copies them
+        self.name_of: Callable[[int], int] = lambda microbatch: microbatch  # by which random numbers are drawn
         self.updates = 0
         self.skipped_updates = 0
         self._steps = self._compiled()
@@ -265,7 +266,7 @@ class Stage:
 
     def _compute(self, microbatch: int, entry: _InFlight) -> Tensors:
         with self._still, self._autocast():
-            outputs = self._chain(entry.inputs, microbatch)
+            outputs = self._chain(entry.inputs, self.name_of(microbatch))
             if self.criterion is None:
                 return outputs
             after = self.blocks[-1].index + 1

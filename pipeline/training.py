@@ -224,6 +224,7 @@ class Trainer:
             begun=plan.position,
         )
         self.stage = self._make_stage()
+        self.stage.name_of = self._name_of
         self.batches = plan.calendar.start  # that have gone through
         self.must_stay = what_must_stay(self.settings)  # now, while the files that it is read from are there
         self.over = False  # whether the job has ended without this rank
@@ -316,6 +317,10 @@ class Trainer:
         if stage.options.amp is torch.float16:
             found.append(LossScaleState(stage.scaler))
         return found
+
+    def _name_of(self, microbatch: int) -> int:
+        """What a micro-batch is called where random numbers are drawn: by its place in the data, so none come twice."""
+        return self.data.name(microbatch)
 
     def _make_reducer(self) -> Reducer:
         if self.world.num_pipelines == 1:

@@ -27,9 +27,15 @@ SYNCHRONISERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SYNCHRONISERS)
 def test_local_sgd_goes_on_where_it_was_with_another_number_of_stages(tmp_path: Path, name: str) -> None:
-    """Resumed at update 6 it repeats no warm start (4) and averages at 9 with the momentum of its outer steps."""
+    """Resumed at update 6 it repeats no warm start, averages at 9 with its momentum, and drops out other numbers."""
     options: dict[str, Any] = {"local_sgd": True, "local_steps": 3, "momentum": 0.0, **SYNCHRONISERS[name]}
-    options |= {"task": {"train_size": 64}, "epochs": 4, "checkpoint_every": 6, "keep": 99, "validate_every": 0}
+    options |= {
+        "task": {"train_size": 64, "dropout": 0.2},
+        "epochs": 4,
+        "checkpoint_every": 6,
+        "keep": 99,
+        "validate_every": 0,
+    }
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     heturun(whole, "local_1x2", launcher="threads", checkpoint=str(whole / "ck"), **options)
     begun = str(whole / "ck" / "step-00000006")

@@ -81,6 +81,13 @@ def test_another_number_of_pipelines_reads_the_rest_of_a_begun_epoch_once_and_it
     calendar = Calendar(
         batches_per_epoch=new.batches_per_epoch, epochs=4, accumulate=accumulate, start=new.first_batch, made=made
     )
+    names = [
+        plan.name(m)
+        for plan in pipelines
+        for m in range(new.first_batch * microbatches, (new.first_batch + 9) * microbatches)
+    ]
+    earlier = [old.name(m) for m in range(first.batch_after(made) * microbatches)]  # of the first of its pipelines
+    assert len({*names, *earlier}) == len(names) + len(earlier), "no two micro-batches draw the same random numbers"
     assert calendar.updates_after(calendar.start) == made and calendar.batch_after(made) == calendar.start
     for update in range(made, calendar.total_updates):
         assert calendar.updates_after(calendar.batch_after(update + 1)) == update + 1
