@@ -139,10 +139,7 @@ def find_begun_for_all(settings: Settings, task: Task, world: World) -> Begun | 
     found: Any = None
     if world.rank == 0 and not world.late:
         found = _try(lambda: find_begun(directory, settings, samples=task.train.size).to_values())
-    found = world.broadcast_from_zero(found)
-    if isinstance(found, UserError):
-        raise found
-    return Begun.from_values(found)
+    return Begun.from_values(world.broadcast_from_zero(found))  # a UserError is raised on all ranks
 
 
 def _try(act: Callable[[], Any]) -> Any:

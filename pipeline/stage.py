@@ -265,12 +265,13 @@ class Stage:
             self._statistics.restore()
 
     def _compute(self, microbatch: int, entry: _InFlight) -> Tensors:
+        name = self.name_of(microbatch)
         with self._still, self._autocast():
-            outputs = self._chain(entry.inputs, self.name_of(microbatch))
+            outputs = self._chain(entry.inputs, name)
             if self.criterion is None:
                 return outputs
             after = self.blocks[-1].index + 1
-            loss, sums = self._call(after, microbatch, self.criterion, outputs, entry.targets, entry.counts)
+            loss, sums = self._call(after, name, self.criterion, outputs, entry.targets, entry.counts)
         self._sums.add(sums)
         return (loss,)
 
