@@ -14,18 +14,21 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from heturun.wire import prove, split_address
 from pipeline.outside import parse_json
+from pipeline.transport.protocol import DTYPES
 
 SOCKET_BYTES = 4 << 20  # a buffer that takes a whole small model, so that its sender need not wait for its receiver
 MAX_BYTES = 1 << 40  # that may follow a header
+MOST_PIECES = 512  # of one system call; Linux takes 1024
+ALIGNED = 64  # bytes, where a tensor of a state begins
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 View = memoryview
 
@@ -54,22 +57,27 @@ class Header(NamedTuple):
 
 _HEADER = struct.Struct("!BIIqIQ")
 _KINDS = frozenset(Kind)
+_LENGTH = struct.Struct("!Q")
 
 
-def send_frame(sock: socket.socket, header: Header, payload: View | bytes = b"") -> int:
-    """Sends one frame and returns its bytes, header included.
+def send_frame(sock: socket.socket, header: Header, *payload: View | bytes) -> int:
+    """Sends one frame, whose payload may lie in pieces, and returns its bytes, header included.
 
     Raises:
         TimeoutError: the other end took nothing before the socket's deadline.
         OSError: the connection is gone.
     """
-    head = _HEADER.pack(*header._replace(nbytes=len(payload)))
-    total = len(head) + len(payload)
+    head = _HEADER.pack(*header._replace(nbytes=sum(map(len, payload))))
+    pieces: list[View] = [View(head), *(View(piece) for piece in payload)]
+    total, first = sum(map(len, pieces)), 0
     with _deadlines_are_timeouts():
-        sent = sock.sendmsg([head, payload]) if payload else sock.send(head)
-        while sent < total:
-            rest = View(head)[sent:] if sent < len(head) else View(payload)[sent - len(head) :]
-            sent += sock.send(rest)
+        while first < len(pieces):
+            sent = sock.sendmsg(pieces[first : first + MOST_PIECES])
+            while first < len(pieces) and sent >= len(pieces[first]):
+                sent -= len(pieces[first])
+                first += 1
+            if sent:
+                pieces[first] = pieces[first][sent:]
     return total
 
 
@@ -196,22 +204,44 @@ def view_of(tensor: Tensor) -> View:
     return tensor.detach().view(torch.uint8).numpy().data
 
 
-def pack_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
-    """Tensors and JSON values in one piece (safetensors, the values in its metadata)."""
-    return save(
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {"values": json.dumps(values)}
-    )
+def pack_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[View | bytes]:
+    """Tensors and JSON values as the pieces of one payload, which are the tensors' own memory.
+
+    | length of the head | head: JSON, padded | tensor, padded | tensor, padded ...
+    """
+    flat = {name: tensor.detach().contiguous().view(-1) for name, tensor in tensors.items()}
+    body: list[View | bytes] = []
+    places, at = {}, 0
+    for name, tensor in flat.items():
+        places[name] = [str(tensor.dtype).removeprefix("torch."), list(tensors[name].shape), at]
+        padding = -tensor.nbytes % ALIGNED
+        body += [view_of(tensor), bytes(padding)] if tensor.nbytes else []
+        at += tensor.nbytes + padding
+    head = json.dumps({"tensors": places, "values": values}).encode()
+    head += b" " * (-(len(head) + _LENGTH.size) % ALIGNED)
+    return [_LENGTH.pack(len(head)), head, *body]
 
 
-def unpack_state(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `pack_state`.
+def unpack_state(data: bytearray) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack_state`; the tensors lie in `data`.
 
     Raises:
         ValueError: these bytes are not what `pack_state` returns.
     """
     try:
-        (length,) = struct.unpack_from("<Q", data)
-        values: dict[str, Any] = parse_json(parse_json(data[8 : 8 + length])["__metadata__"]["values"])
-        return load(data), values
-    except (struct.error, KeyError, TypeError, ValueError, SafetensorError) as error:
+        (length,) = _LENGTH.unpack_from(data)
+        begin = _LENGTH.size + length
+        head = parse_json(data[_LENGTH.size : begin])
+        places = head["tensors"].items()
+        found = {name: _tensor_in(data, dtype, shape, begin + at) for name, (dtype, shape, at) in places}
+        values: dict[str, Any] = head["values"]
+    except (struct.error, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{len(data)} bytes are not the state of a replica: {error}") from None
+    return found, values
+
+
+def _tensor_in(data: bytearray, dtype: str, shape: list[int], at: int) -> Tensor:
+    count = prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=DTYPES_BY_NAME[dtype])
+    return torch.frombuffer(data, dtype=DTYPES_BY_NAME[dtype], count=count, offset=at).view(shape)

@@ -33,6 +33,7 @@ from pipeline.transport.protocol import DTYPES
 
 CONNECTED = 16  # connections made before they are needed
 
+Payload = frames.View | bytes | list[frames.View | bytes]
 Swapper = Callable[[Tensor], "Tensor | None"]
 StateProvider = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 
@@ -234,7 +235,7 @@ class Mesh:
             self._drop(pipeline, "state", link)
         if answer.kind == Kind.REFUSED:
             _refused(pipeline, bytes(data) or b"it has nothing to give yet")
-        return frames.unpack_state(bytes(data))
+        return frames.unpack_state(data)
 
     @contextlib.contextmanager
     def _ask(
@@ -388,17 +389,18 @@ class Mesh:
         mine = self._swapper(memory.view(DTYPES[header.part]))
         return None if mine is None else frames.view_of(_on_host(mine))
 
-    def _provided(self) -> bytes | None:
+    def _provided(self) -> list[frames.View | bytes] | None:
         return None if self._provide is None else frames.pack_state(*self._provide())
 
-    def _reply(self, sock: socket.socket, header: Header, answer: Callable[[], frames.View | bytes | None]) -> None:
+    def _reply(self, sock: socket.socket, header: Header, answer: Callable[[], Payload | None]) -> None:
         """Whatever goes wrong here is told to whoever waits for the answer."""
         try:
             payload = answer()
             kind = Kind.REFUSED if payload is None else Kind.ANSWER
         except Exception as error:
             payload, kind = f"{type(error).__name__}: {error}".encode(), Kind.REFUSED
-        self._count(frames.send_frame(sock, Header(kind, self.pipeline, self._mailbox.generation), payload or b""))
+        pieces = payload if isinstance(payload, list) else [payload or b""]
+        self._count(frames.send_frame(sock, Header(kind, self.pipeline, self._mailbox.generation), *pieces))
 
     def close(self) -> None:
         """Ends every connection in good order, and every wait."""

@@ -528,6 +528,19 @@ def test_a_joiner_gets_the_state_bit_for_bit() -> None:
         assert all(torch.equal(tensors[n], state[n]) and tensors[n].dtype == state[n].dtype for n in state)
 
 
+def test_a_state_on_its_way_exists_once_on_either_end() -> None:
+    weights = torch.randn(1000)
+    pieces = frames.pack_state({"bias": torch.ones(3), "weights": weights}, {"k": 1})
+    body = next(piece for piece in pieces if len(piece) == weights.nbytes)
+    weights[0] = 7
+    assert torch.frombuffer(body, dtype=torch.float32)[0] == 7, "what is sent is the tensor itself"
+    data = bytearray(b"".join(pieces))
+    tensors, values = frames.unpack_state(data)
+    assert values == {"k": 1} and torch.equal(tensors["weights"], weights)
+    data[-weights.nbytes - (-weights.nbytes % frames.ALIGNED) :] = bytes(len(data))[: weights.nbytes + 32]
+    assert not tensors["weights"].any(), "what was received is the tensor itself"
+
+
 def test_a_joiner_needs_no_introduction() -> None:
     with meshes(1) as (giver,), contextlib.closing(Mesh(1, KEY, timeout_s=PATIENCE_S)) as joiner:
         giver.serve_state(lambda: ({}, {"k": 1}))
