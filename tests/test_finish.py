@@ -41,6 +41,7 @@ def finished(world: Survivor, out: Path) -> None:
     trainer: Any = SimpleNamespace(
         world=world,
         journal=None,
+        had_nothing_to_do=False,
         report=lambda: REPORT,
         transport=SimpleNamespace(close=lambda: None),
         settings=SimpleNamespace(out=str(out)),
