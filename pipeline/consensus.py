@@ -90,7 +90,7 @@ class ConsensusProbe:
         self._waiting.clear()
 
     def _sample(self) -> list[float]:
-        """n first, then m coordinates."""
+        """n first, then m coordinates; only n, which is 0, where all parameters of a stage are frozen."""
         x = self._read()
         count = min(x.numel(), max(1, COORDINATES // self._stages))
         chosen = torch.linspace(0, x.numel() - 1, count).long()
@@ -102,6 +102,6 @@ class ConsensusProbe:
         rows = answer.result()
         if rows is None:
             return  # another one speaks
-        scale = {rank % self._stages: row[0] / (len(row) - 1) for rank, row in rows.items()}
+        scale = {rank % self._stages: row[0] / max(1, len(row) - 1) for rank, row in rows.items()}
         samples = {rank: row[1:] for rank, row in rows.items()}
         self._tell(update, estimate(samples, stages=self._stages, scale=scale))

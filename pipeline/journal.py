@@ -313,7 +313,7 @@ class ElasticJournal(Journal):
         self._exchange()  # what the others have told came before their part of the sum
         self._batches, self._tickets = batches, ticket
         if self._calendar.ends_epoch(batches) or batches == self._calendar.total_batches:
-            if self._since is not None and ticket > self._since:
+            if self._since is not None and ticket > self._since and self._window:
                 self._end_window(batches)
             since, self._mixed = mixed_since(self._mixed, mixing), mixing
             self._close_epoch(batches, {**since, **dict(sorted(done.items()))})

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pipeline.durable import why_not_written
 from pipeline.errors import UserError
 from pipeline.settings import Settings, option
 
@@ -57,7 +58,7 @@ def try_outputs(outputs: Iterable[Output], *, rank: int, host: str) -> None:
             else:
                 _try_file(path, whole=kind == "whole file")
         except OSError as error:
-            why = error.strerror or error
+            why = why_not_written(error, path.parent)
             raise UserError(
                 f"{option(name)} {path}: cannot be written ({why}), as rank {rank} on {host} found; "
                 "give a place that can be"

@@ -98,3 +98,16 @@ def test_whoever_joins_does_not_give_to_probes_of_the_time_without_it() -> None:
     probe.updated(500)
     probe.updated(501)
     assert list(gatherer.given) == ["consensus/1", "consensus/500", "consensus/501"]
+
+
+def test_a_stage_without_parameters_that_are_trained_adds_nothing() -> None:
+    gatherer, told = Gatherer(4), []
+    weights = (torch.zeros(100), torch.zeros(0), torch.full((100,), 2.0), torch.zeros(0))  # of stages 0, 1, 0, 1
+    for rank, x in enumerate(weights):
+        tell = lambda *event: told.append(event)  # noqa: E731
+        probe = ConsensusProbe(gatherer.of(rank), lambda x=x: x, every=1, stages=2, tell=tell)  # type: ignore[misc]
+        probe.updated(1)
+        if rank == 0:
+            first = probe
+    first.updated(2)
+    assert told == [(1, pytest.approx(math.sqrt(100)))]

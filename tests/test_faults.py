@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -79,9 +80,13 @@ def test_a_lost_coordinator_ends_the_job_at_a_checkpoint_that_resumes(tmp_path: 
         assert not job.processes()
     updates = checkpoint.read_values(checkpoint.latest(folder))["updates"]
     assert 10 <= updates < 150
-    again = tmp_path / "again"
+    again, moved = tmp_path / "again", tmp_path / "moved"
     again.mkdir()
-    with tiny_job(again, epoch_s=3.0, checkpoint=str(folder), resume="", **options) as job:
+    shutil.copytree(folder, moved)
+    with tiny_job(again, epoch_s=3.0, checkpoint=str(folder), resume=str(moved), restarts=1, **options) as job:
+        job.wait_for_updates(1, within_s=PATIENCE_S)
+        shutil.rmtree(moved)  # who starts again copies a replica, and reads no checkpoint
+        job.wait_for("joined", 2, pipeline=1, after=job.kill(1), within_s=PATIENCE_S)
         assert job.finish(within_s=PATIENCE_S) == 0, job.text()
         assert f"after {updates} updates" in job.text()
     assert checkpoint.read_values(checkpoint.latest(folder))["updates"] == 150

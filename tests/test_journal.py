@@ -153,6 +153,18 @@ def test_the_last_line_of_an_epoch_counts_all_tickets_and_hears_all_that_was_tol
     assert desk.journal.log.curve == [(10, 3.0)], "the mean over both pipelines"
 
 
+def test_tickets_at_the_end_of_which_nothing_was_heard_get_no_line_of_their_own(tmp_path: Path) -> None:
+    """Its loss would be no number, which looks like a training that has diverged."""
+    desk = Desk(tmp_path, elastic=True, disp_batches=10)
+    desk.journal.begin(0)
+    desk.journal.begin_at(0)
+    desk.watch.now_s = 19.0
+    desk.journal.progressed(10, 18, sums())
+    desk.watch.now_s = 20.0
+    desk.journal.stopped(10, {}, ticket=20, pipeline=0, samples=8.0)
+    assert desk.lines() == [(10, BATCH, 0.5)]
+
+
 def test_who_does_not_speak_tells_what_it_has_done(tmp_path: Path) -> None:
     desk = Desk(tmp_path, elastic=True, speaks=False, disp_batches=2)
     desk.journal.begin(0)
