@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import thorough
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -47,6 +48,7 @@ def test_the_bench_for_gpus_says_so_in_one_line_where_there_is_none() -> None:
     assert "no CUDA device" in text and len(text.splitlines()) == 1
 
 
+@thorough
 def test_the_bench_for_gpus_runs_all_its_ways_on_small_models() -> None:
     text = run("gpu.py", "--device", "cpu", "--tiny", "--models", "bert", "--rounds", "1")
     assert "sequences/s" in text

@@ -12,7 +12,7 @@ from pipeline.actions import Action, Op, parse
 from pipeline.assemble import make_stage
 from pipeline.executor import Executor, Hooks
 from pipeline.gpu_clock import GpuClock
-from pipeline.schedules import SCHEDULES, Shape, program
+from pipeline.schedules import SCHEDULES, Shape, forward_only, program
 from pipeline.trace import Recorder, bubble_fraction
 from pipeline.transport.local import local_transports
 
@@ -159,7 +159,7 @@ def test_an_executor_with_a_clock_is_busy_as_long_as_the_device() -> None:
     assert executor.busy_s == 4 * 3.0 + 2 * 0.5
     actions = [text for text, _, _ in bench.spans() if text[0] in "FBU"]
     assert actions == ["F0", "B0", "F1", "B1", "U1", "F2", "B2", "F3", "B3", "U3"]
-    executor.evaluate(iter(parse("L0 F0")))
+    executor.evaluate(forward_only(0, 1, range(1)))
     assert executor.busy_s == 4 * 3.0 + 2 * 0.5, "a validation is no training"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import thorough
 from tiny import losses
 
 from pipeline import checkpoint
@@ -100,6 +101,7 @@ def test_transports_agree_bit_for_bit(tmp_path: Path, schedule: str) -> None:
     assert all(curve == curves[0] for curve in curves) and len(curves[0]) == 12
 
 
+@thorough
 def test_a_checkpoint_of_four_stages_resumes_with_two(tmp_path: Path) -> None:
     options: dict[str, Any] = {"task": {"batchnorm": True}, "checkpoint_every": 1, "keep": 99, "clip_grad_norm": 0.05}
     heturun(tmp_path / "whole", "local_4x1", checkpoint=str(tmp_path / "a"), partition="2,2,2,2", **options)
