@@ -13,14 +13,14 @@ from pathlib import Path
 import datasets
 from datasets.wordpiece import read_tokens
 from pipeline.cli import parse_bert
-from pipeline.emulated_task import make_emulated
+from pipeline.cluster.world import join_world, report_failures
 from pipeline.errors import UserError
-from pipeline.job import deadline, say_on_rank_zero, train, use_threads
 from pipeline.models import make_model
 from pipeline.models.bert_config import read_shape
 from pipeline.models.criterion import BertPretraining
-from pipeline.training import Task
-from pipeline.world import join_world, report_failures
+from pipeline.train.emulated import make_emulated
+from pipeline.train.run import deadline, say_on_rank_zero, train, use_threads
+from pipeline.train.trainer import Task
 
 
 def check_vocabulary(path: str, size: int) -> None:

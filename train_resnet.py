@@ -12,12 +12,12 @@ from pathlib import Path
 
 import datasets
 from pipeline.cli import parse_resnet
-from pipeline.emulated_task import make_emulated
-from pipeline.job import deadline, say_on_rank_zero, train, use_threads
+from pipeline.cluster.world import join_world, report_failures
 from pipeline.models import make_model
 from pipeline.models.criterion import Classification
-from pipeline.training import Task
-from pipeline.world import join_world, report_failures
+from pipeline.train.emulated import make_emulated
+from pipeline.train.run import deadline, say_on_rank_zero, train, use_threads
+from pipeline.train.trainer import Task
 
 SMALL = 64  # pixels; a stem for images up to this side does not shrink them
 

@@ -34,10 +34,10 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.coordinator import spawn_coordinator
-from pipeline.curve import curve_keys
-from pipeline.groups import Form, GroupScheduler, Ready, Rules, Tick
-from pipeline.roll import JobRules
+from pipeline.coordination.groups.scheduler import Form, GroupScheduler, Ready, Rules, Tick
+from pipeline.coordination.keys import curve_keys
+from pipeline.coordination.membership import JobRules
+from pipeline.coordination.server import spawn_coordinator
 
 WARM_UP_S = 1.0
 

@@ -6,7 +6,8 @@
         job.wait_for(lambda entry: entry.event == "joined" and entry.time > killed)
         print(longest_pause([e.time for e in job.entries("update", pipeline=0)], killed, killed + 3))
 
-It sees nothing of the job but `HETURUN_DIARY` (pipeline/diary.py), the processes of this machine, and the output.
+It sees nothing of the job but `HETURUN_DIARY` (pipeline/report/event_log.py), the processes of this machine, and
+the output.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from heturun.agent import die_with_parent
+from heturun.launch.agent import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.05

@@ -34,17 +34,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.assemble import make_stage, tie_of
-from pipeline.executor import Executor, Hooks
-from pipeline.gpu_clock import cuda_clock
+from pipeline.core.trace import Recorder
+from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.models import build_blocks, build_whole, make_model, tie
 from pipeline.models.criterion import BertPretraining, Classification, Criterion
 from pipeline.models.layered import LayeredModel
-from pipeline.optim import OptimizerFactory, make_optimizer
-from pipeline.schedules import SCHEDULES, Shape, program
-from pipeline.stage import Stage, StageOptions
-from pipeline.supply import InputSupply, TargetSupply
-from pipeline.trace import Recorder
+from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.stage.build import make_stage, tie_of
+from pipeline.stage.executor import Executor, Hooks
+from pipeline.stage.gpu_clock import cuda_clock
+from pipeline.stage.stage import Stage, StageOptions
+from pipeline.train.optim import OptimizerFactory, make_optimizer
 from pipeline.transport import Who
 from pipeline.transport.local import local_transports
 from pipeline.transport.staged import StagedTransport

@@ -216,7 +216,7 @@ def run(command: Sequence[str], folder: str, output: IO[str]) -> int:
 
 def schedule_alone(factor: float, options: argparse.Namespace) -> Outcome:
     """Four clients of one coordinator that form groups and average nothing."""
-    from pipeline.coordinator import spawn_coordinator
+    from pipeline.coordination.server import spawn_coordinator
 
     key = secrets.token_bytes(32)
     coordinator, address = spawn_coordinator(key, "127.0.0.1")
@@ -237,8 +237,8 @@ def schedule_alone(factor: float, options: argparse.Namespace) -> Outcome:
 
 def client(options: argparse.Namespace) -> None:
     """One of them: a step is two waits, as long as a forward and a backward."""
-    from pipeline.coordination import Client, JobRules
-    from pipeline.waiting import ExactClock
+    from pipeline.coordination.client import Client, JobRules
+    from pipeline.simulation.clocks import ExactClock
 
     clock = ExactClock()
     rules = JobRules(

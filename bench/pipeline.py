@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.assemble import bounds, make_stage
-from pipeline.executor import Executor, Hooks
 from pipeline.models import make_model
 from pipeline.models.layered import LayeredModel, build_blocks
-from pipeline.schedules import SCHEDULES, Shape, program
+from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.stage.build import bounds, make_stage
+from pipeline.stage.executor import Executor, Hooks
 from pipeline.transport import Who
 
 MICROBATCHES = 8

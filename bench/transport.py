@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.models import make_model
 from pipeline.models.layered import build_blocks
-from pipeline.reduce import GradientReducer
+from pipeline.replicas.gradients import GradientReducer
+from pipeline.stage.weights import Weights
 from pipeline.transport.mpi import MpiTransport
 from pipeline.transport.protocol import Transport, Who
 from pipeline.transport.torch_dist import TorchTransport
-from pipeline.weights import Weights
 
 SIZES = (4, 4 << 10, 64 << 10, 1 << 20, 10_000_000, 100_000_000)  # bytes
 ROUND_S = 0.004  # about how long one way runs in one round: short, so that other work spoils few rounds

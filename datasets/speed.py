@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from datasets.base import Split
-from pipeline.feed import Batch, Key, MicrobatchFeed, Plan, Samples
+from pipeline.data.plan import Batch, Key, MicrobatchFeed, Plan, Samples
 
 
 def test_io(

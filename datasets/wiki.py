@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.base import Options, Split, Splits, epoch_and_index, given_folder
+from pipeline.data.plan import Key
 from pipeline.errors import UserError
-from pipeline.feed import Key
 
 IGNORE = -1  # the label of a token that is not to be predicted
 INPUT_KEYS = ("input_ids", "segment_ids", "input_mask")

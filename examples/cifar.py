@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
 
-from heturun.cores import own_share
 from pipeline import get_distributed_optimizer
+from pipeline.cluster.cores import own_share
 
 NORMALISE = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 BATCHES = "cifar-10-batches-py"  # torchvision's folder

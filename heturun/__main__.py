@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from heturun.cluster import Cluster
-    from heturun.plan import Plan
+    from heturun.launch.cluster import Cluster
+    from heturun.launch.processes import Plan
 
 EPILOG = """examples:
   heturun -w 4 python3 train.py                        four processes on this machine
@@ -101,11 +101,11 @@ def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
     _check(options)
     plan = _plan(options, [word for i, word in enumerate(options.command) if i or word != "--"], coordinator)
     if options.dry_run:
-        from heturun.dryrun import table
+        from heturun.launch.dryrun import table
 
         print(table(plan))
         return 0
-    from heturun.job import run_job
+    from heturun.launch.job import run_job
 
     return run_job(
         plan,
@@ -119,7 +119,8 @@ def _run(options: argparse.Namespace, coordinator: Sequence[str] | None) -> int:
 
 
 def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence[str] | None) -> Plan:
-    from heturun import hosts, plan
+    from heturun.launch import hosts
+    from heturun.launch import processes as plan
 
     cluster = _cluster(options)
     here = [node.host for node in cluster.nodes if hosts.is_meant(node.host, node.address)]
@@ -154,7 +155,8 @@ def _plan(options: argparse.Namespace, command: list[str], coordinator: Sequence
 
 
 def _as_threads(made: Plan) -> Plan:
-    from heturun import hosts, plan
+    from heturun.launch import hosts
+    from heturun.launch import processes as plan
 
     far = [node.host for node in made.nodes if not hosts.is_here(node.host, node.address)]
     if far:
@@ -170,7 +172,7 @@ def _working_directory() -> str:
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
-    from heturun.cluster import load_cluster, this_machine
+    from heturun.launch.cluster import load_cluster, this_machine
 
     if options.config is not None:
         return load_cluster(options.config)

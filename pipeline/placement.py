@@ -24,8 +24,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.core.outside import parse_json
 from pipeline.errors import UserError
-from pipeline.outside import parse_json
 
 LOCAL = "localhost"
 DEFAULT_FILE = "device_list.py"

@@ -13,10 +13,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.emulation import parse_emulate
+from pipeline.core.units import bytes_per_second
 from pipeline.errors import UserError
-from pipeline.hetero import parse_profile
-from pipeline.units import bytes_per_second
+from pipeline.simulation.emulation import parse_emulate
+from pipeline.simulation.profile import parse_profile
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

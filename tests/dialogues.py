@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.draw import draw, shuffled
+from pipeline.core.draw import draw, shuffled
 from pipeline.errors import GroupBroken
-from pipeline.flows import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
 from pipeline.sync.adpsgd import correction
+from pipeline.sync.dialogue import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
 
 Grouping = Callable[[Sequence[int], int], "list[tuple[int, ...]]"]
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import tiny
 
-from pipeline import job
-from pipeline.elastic import ElasticTrainer
-from pipeline.elastic_world import ElasticWorld
+from pipeline.replicas.elastic import ElasticWorld
+from pipeline.train import run as job
+from pipeline.train.elastic import ElasticTrainer
 
 
 def die() -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.faults import Entry as Entry  # noqa: E402
 from bench.faults import FaultyJob  # noqa: E402
-from heturun.plan import ELASTIC  # noqa: E402
+from heturun.launch.processes import ELASTIC  # noqa: E402
 
 PAUSE_S = 0.01  # before every forward and every backward
 STEP_S = 2 * PAUSE_S

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pipeline.emulated_task
+import pipeline.train.emulated
 import train_resnet
-from pipeline.waiting import SharpClock
+from pipeline.simulation.clocks import SharpClock
 
 
 class HurriedClock(SharpClock):

@@ -13,7 +13,7 @@ from itertools import count
 import torch
 
 from pipeline.errors import GroupBroken
-from pipeline.mesh import Mesh
+from pipeline.replicas.mesh.mesh import Mesh
 
 
 def main() -> None:

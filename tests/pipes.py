@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.assemble import make_stage, tie_of
-from pipeline.executor import Executor, Hooks
 from pipeline.models.criterion import Classification, Criterion
 from pipeline.models.layered import LayeredModel, build_blocks, tie
 from pipeline.models.mlp import mlp
-from pipeline.schedules import SCHEDULES, Shape, program, updates_of
-from pipeline.seeding import GENERATOR_LOCK, mix
-from pipeline.stage import StageOptions
-from pipeline.state import OptimizerState, WeightsState
+from pipeline.schedules.program import SCHEDULES, Shape, program, updates_of
+from pipeline.stage.build import make_stage, tie_of
+from pipeline.stage.executor import Executor, Hooks
+from pipeline.stage.seeding import GENERATOR_LOCK, mix
+from pipeline.stage.stage import StageOptions
+from pipeline.train.state import OptimizerState, WeightsState
 
 Tensors = tuple[Tensor, ...]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -13,13 +13,13 @@ import pytest
 import torch
 from tiny import ROOT, run_here, tiny_settings
 
-from pipeline import checkpoint
-from pipeline.archive import Archive, why_not_here
-from pipeline.checkpoint_folder import Writer, checkpoints, run_of
-from pipeline.durable import is_full, why_not_written
+from pipeline.cluster.world import join_world
+from pipeline.core.durable import is_full, why_not_written
 from pipeline.errors import UserError
-from pipeline.folder_lock import this_process
-from pipeline.world import join_world
+from pipeline.train import checkpoint
+from pipeline.train.archive import Archive, why_not_here
+from pipeline.train.checkpoint_folder import Writer, checkpoints, run_of
+from pipeline.train.folder_lock import this_process
 
 
 def nobody_asks() -> None:

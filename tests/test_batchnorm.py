@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.batchnorm import DeferredBatchNorm, defer_batch_norm
 from pipeline.errors import UserError
-from pipeline.stage import BlockModule, Stage, StageOptions
+from pipeline.stage.batchnorm import DeferredBatchNorm, defer_batch_norm
+from pipeline.stage.stage import BlockModule, Stage, StageOptions
 
 SHAPES = {
     "rows": (nn.BatchNorm1d, (12, 3)),

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import checkpoint
 from pipeline.errors import PeerLost, UserError
+from pipeline.train import checkpoint
 
 
 def model() -> nn.Module:
@@ -69,7 +69,7 @@ def assert_is_step(folder: Path, step: int) -> None:
 
 def context() -> ForkServerContext:
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["torch.distributed.checkpoint.state_dict_saver", "pipeline.checkpoint"])
+    forkserver.set_forkserver_preload(["torch.distributed.checkpoint.state_dict_saver", "pipeline.train.checkpoint"])
     return forkserver
 
 

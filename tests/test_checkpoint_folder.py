@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.checkpoint_folder import Writer, checkpoints, find_latest, is_left_behind, next_number, run_of
-from pipeline.description import HEAD_BYTES, Head, head
 from pipeline.errors import Fenced, UserError
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint_folder import Writer, checkpoints, find_latest, is_left_behind, next_number, run_of
+from pipeline.train.description import HEAD_BYTES, Head, head
 
 MINE = Writer("5f", run="aa", pipeline=0, generation=1, generations={0: 1, 1: 3})
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.consensus import WAITING, ConsensusProbe, Gather, estimate, probes
+from pipeline.replicas.consensus import WAITING, ConsensusProbe, Gather, estimate, probes
 
 
 def test_two_replicas_that_differ_everywhere_by_two_are_sqrt_n_from_their_mean() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from heturun_jobs import HETURUN, clean_environment, job, program
 
-from heturun.console import PLAIN_EVERY_S, Plain
-from heturun.outbox import MOST_BYTES, UNDER_WAY_BYTES, Outbox
-from heturun.outcome import Progress
-from heturun.printer import Backlog, Printer
-from heturun.wire import Message
+from heturun.launch.console import PLAIN_EVERY_S, Plain
+from heturun.launch.outbox import MOST_BYTES, UNDER_WAY_BYTES, Outbox
+from heturun.launch.outcome import Progress
+from heturun.launch.printer import Backlog, Printer
+from pipeline.cluster.wire import Message
 
 SOON_S = 20.0
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import zmq
 
-from pipeline.answers import Answer
-from pipeline.coordination import Client, JobOver, JobRules, Replaced, Welcome
-from pipeline.coordinator import FRAME_BYTES, Coordinator, spawn_coordinator
-from pipeline.curve import curve_keys
+from pipeline.cluster.failures import is_secondary
+from pipeline.coordination.answers import Answer
+from pipeline.coordination.client import Client, JobOver, JobRules, Replaced, Welcome
+from pipeline.coordination.keys import curve_keys
+from pipeline.coordination.server import FRAME_BYTES, Coordinator, spawn_coordinator
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, PeerLost, TooFewReplicas, UserError
-from pipeline.failures import is_secondary
 
 KEY = bytes(range(32))
 SOON_S = 20.0  # far longer than anything here takes
@@ -287,8 +287,8 @@ def test_an_address_that_cannot_be_is_found_at_once(address: str) -> None:
 
 NO_FILES_LEFT = """
 import os, resource, sys
-from pipeline.answers import Answer
-from pipeline.coordination import Client, JobRules
+from pipeline.coordination.answers import Answer
+from pipeline.coordination.client import Client, JobRules
 from pipeline.errors import CoordinatorLost
 client = Client(sys.argv[1], bytes(32), JobRules(stages=1, pipelines=1), stage=0, pipeline=0)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -508,5 +508,5 @@ def test_sigterm_while_workers_need_it_is_a_failure() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import sys, pipeline.coordinator, pipeline.coordination; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.coordination.server, pipeline.coordination.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

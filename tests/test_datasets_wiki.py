@@ -16,8 +16,8 @@ import torch
 import datasets
 from datasets.synthetic import CLS, FIRST_WORD, MASK, SEP
 from datasets.wiki import IGNORE, KEYS, Shards, WikiInputs
+from pipeline.data.plan import MicrobatchFeed, Plan, ValidationPlan
 from pipeline.errors import UserError
-from pipeline.feed import MicrobatchFeed, Plan, ValidationPlan
 
 LENGTH, PREDICTIONS, VOCABULARY = 16, 4, 100
 TYPES = {"input_ids": "i4", "input_mask": "i1", "segment_ids": "i1", "next_sentence_labels": "i1"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.director import Director, JobRules, Malformed
-from pipeline.gathers import REMEMBERED, WAITING
+from pipeline.coordination.director import Director, JobRules, Malformed
+from pipeline.coordination.gather import REMEMBERED, WAITING
 
 Message = dict[str, Any]
 

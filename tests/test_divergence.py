@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import run_here
 
-from pipeline.divergence import IN_A_ROW, LossWatch
 from pipeline.errors import UserError
+from pipeline.train.divergence import IN_A_ROW, LossWatch
 
 NAN, INF = math.nan, math.inf
 

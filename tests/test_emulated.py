@@ -13,20 +13,20 @@ import pytest
 import torch
 from tiny import losses, tiny_settings
 
-from pipeline.actions import Op
-from pipeline.emulated_task import make_emulated
-from pipeline.emulation import Emulation, parse_emulate
+from pipeline.cluster.world import join_world
+from pipeline.core.actions import Op
 from pipeline.errors import UserError
-from pipeline.hetero import Place, parse_profile
-from pipeline.job import train
-from pipeline.models.emulated import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.models.layered import build_blocks
-from pipeline.partition import cut_points, needs_profile
+from pipeline.models.partition import cut_points, needs_profile
 from pipeline.settings import Settings
-from pipeline.stage import StageOptions
-from pipeline.straggler import EmulatedDevice, make_straggler, slowed
+from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
+from pipeline.simulation.emulation import Emulation, parse_emulate
+from pipeline.simulation.profile import Place, parse_profile
+from pipeline.simulation.straggler import EmulatedDevice, make_straggler, slowed
+from pipeline.stage.stage import StageOptions
+from pipeline.train.emulated import make_emulated
+from pipeline.train.run import train
 from pipeline.transport.local import local_transports
-from pipeline.world import join_world
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.models import make_model
 from pipeline.models.criterion import BertPretraining
-from pipeline.stage import StageOptions
+from pipeline.stage.stage import StageOptions
 from pipeline.transport.local import local_transports
 
 TINY_BERT = (

@@ -13,9 +13,9 @@ import torch
 from test_equivalence import bert_job
 from torch import Tensor
 
-from pipeline.executor import Executor
-from pipeline.schedules import SCHEDULES, Shape, edges, forward_only
-from pipeline.stage import StageOptions
+from pipeline.schedules.program import SCHEDULES, Shape, edges, forward_only
+from pipeline.stage.executor import Executor
+from pipeline.stage.stage import StageOptions
 from pipeline.transport.local import LocalTransport, local_transports
 from pipeline.transport.protocol import HOST_CHANNELS
 

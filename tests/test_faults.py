@@ -11,9 +11,9 @@ from pathlib import Path
 from conftest import thorough
 from faulty_jobs import agreed, same_bits, tiny_job
 
-from heturun.elastic import END_S, Fleet, GiveUp, Rules
-from heturun.outcome import Closed, Elastic, Exited, Started
-from pipeline import checkpoint
+from heturun.launch.fleet import END_S, Fleet, GiveUp, Rules
+from heturun.launch.outcome import Closed, Elastic, Exited, Started
+from pipeline.train import checkpoint
 
 LONG_S = 120.0  # an epoch that only a fault ends
 PATIENCE_S = 90.0  # for a busy machine
@@ -73,7 +73,7 @@ def test_a_lost_coordinator_ends_the_job_at_a_checkpoint_that_resumes(tmp_path: 
     folder, options = tmp_path / "ck", {"stages": 2, "pipelines": 2, "preduce": True}
     with tiny_job(tmp_path, epoch_s=3.0, checkpoint=str(folder), **options) as job:
         job.wait_for_updates(10, within_s=PATIENCE_S)
-        (coordinator,) = [pid for pid, line in job.processes().items() if "-m pipeline.coordinator" in line]
+        (coordinator,) = [pid for pid, line in job.processes().items() if "-m pipeline.coordination.server" in line]
         os.kill(coordinator, signal.SIGKILL)
         assert job.finish(within_s=PATIENCE_S) == 1, job.text()
         assert "coordinator" in job.tail(3), job.text()

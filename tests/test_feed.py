@@ -20,8 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.feed import (
+from pipeline.data.plan import (
     Key,
     MicrobatchFeed,
     Plan,
@@ -30,6 +29,7 @@ from pipeline.feed import (
     shard,
     shared_memory_serves,
 )
+from pipeline.errors import UserError
 
 
 @st.composite
@@ -310,7 +310,7 @@ def test_a_temporary_folder_whose_path_no_socket_can_have_changes_nothing(
 
 READ_LARGE = """
 import torch
-from pipeline.feed import MicrobatchFeed, ValidationPlan
+from pipeline.data.plan import MicrobatchFeed, ValidationPlan
 class Large:
     def __len__(self): return 8
     def __getitem__(self, key): return (torch.full((1 << 18,), float(key[1])),)
@@ -331,7 +331,7 @@ def test_a_shared_memory_smaller_than_a_microbatch_changes_nothing() -> None:
 
 KILL_A_WORKER = """
 import multiprocessing, os, signal
-from pipeline.feed import MicrobatchFeed, Plan
+from pipeline.data.plan import MicrobatchFeed, Plan
 from test_feed import Numbers
 if __name__ == "__main__":
     reading = iter(MicrobatchFeed(Numbers(100), Plan(size=100, batch_size=2), workers=1))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.job import finish
-from pipeline.report import RankReport
+from pipeline.report.summary import RankReport
+from pipeline.train.run import finish
 
 REPORT = RankReport(
     rank=2, host="w1", device="cpu", pipeline=1, stage=0, samples=640, seconds=10.0, versions=1, peak_bytes=10**6,

@@ -1,11 +1,15 @@
-"""The house keeps its floors: imports point down only, and the two lowest floors know no clock, no network, no chance.
+"""The house keeps its rooms: who may import whom, and which modules decide without touching the world.
 
-    3   effects: processes, wires, files      transport, world, checkpoint, training ...
-    2   one stage at work                     weights, stage, executor ...
-    1   decisions about models and orders     schedules, simulate, partition, models ...
-    0   plain values                          errors, actions, trace, placement, settings ...
+    train_resnet.py   train_bert.py    compat                  heturun/
+                └────────┬──────────────┘                         │
+                       train ──────────┬─────────┐                │
+                         │          replicas ─► report            │
+                    simulation  stage    │       data             │
+                         │       │  sync │  coordination ─► cluster
+                       models ─ transport ─ schedules     placement
+                                         core       errors
 
-A new module gets one line in FLOORS; what lies in a package has the package's floor unless it has a line of its own.
+A new room gets one line in ROOMS, a new module none: it may import what its room may.
 """
 
 from __future__ import annotations
@@ -17,129 +21,71 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PURE = 1  # floors up to this one may not touch the world
-IMPURE = (
-    "torch.distributed",
-    "threading",
-    "socket",
-    "time",
-    "os",
-    "logging",
-    "random",
-    "subprocess",
-    "multiprocessing",
-)
-TORCHLESS = 0  # floors up to this one must be importable without torch
 
-FLOORS = {
-    "pipeline": 0,
-    "pipeline.actions": 0,
-    "pipeline.arrivals": 0,
-    "pipeline.calendar": 0,
-    "pipeline.divergence": 0,
-    "pipeline.draw": 0,
-    "pipeline.emulation": 0,
-    "pipeline.errors": 0,
-    "pipeline.flows": 0,
-    "pipeline.gathers": 0,
-    "pipeline.groups": 0,
-    "pipeline.hetero": 0,
-    "pipeline.outside": 0,
-    "pipeline.placement": 0,
-    "pipeline.plain": 0,
-    "pipeline.post": 0,
-    "pipeline.roll": 0,
-    "pipeline.settings": 0,
-    "pipeline.shares": 0,
-    "pipeline.topology": 0,
-    "pipeline.trace": 0,
-    "pipeline.units": 0,
-    "pipeline.batchnorm": 1,
-    "pipeline.costs": 1,
-    "pipeline.director": 1,
-    "pipeline.models": 1,
-    "pipeline.partition": 1,
-    "pipeline.schedules": 1,
-    "pipeline.thinning": 1,
-    "pipeline.simulate": 1,
-    "pipeline.sync": 1,
-    "pipeline.assemble": 2,
-    "pipeline.executor": 2,
-    "pipeline.models.emulated": 2,
-    "pipeline.gpu_clock": 2,
-    "pipeline.optimizer_state": 2,
-    "pipeline.reduce": 2,
-    "pipeline.seeding": 2,
-    "pipeline.stage": 2,
-    "pipeline.state": 2,
-    "pipeline.straggler": 2,
-    "pipeline.supply": 2,
-    "pipeline.transport.pool": 2,
-    "pipeline.transport.protocol": 2,
-    "pipeline.waiting": 2,
-    "pipeline.weights": 2,
-    "pipeline.archive": 3,
-    "pipeline.checkpoint": 3,
-    "pipeline.checkpoint_folder": 3,
-    "pipeline.description": 3,
-    "pipeline.durable": 3,
-    "pipeline.tensor_list": 3,
-    "pipeline.cli": 3,
-    "pipeline.diary": 3,
-    "pipeline.emulated_task": 3,
-    "pipeline.answers": 3,
-    "pipeline.coordination": 3,
-    "pipeline.coordinator": 3,
-    "pipeline.curve": 3,
-    "pipeline.failures": 3,
-    "pipeline.folder_lock": 3,
-    "pipeline.feed": 3,
-    "pipeline.frames": 3,
-    "pipeline.identity": 3,
-    "pipeline.initial": 3,
-    "pipeline.job": 3,
-    "pipeline.journal": 3,
-    "pipeline.json_exchange": 3,
-    "pipeline.links": 3,
-    "pipeline.mailbox": 3,
-    "pipeline.local_optimizer": 3,
-    "pipeline.meeting": 3,
-    "pipeline.mesh": 3,
-    "pipeline.metrics": 3,
-    "pipeline.optim": 3,
-    "pipeline.patience": 1,
-    "pipeline.outputs": 3,
-    "pipeline.progress": 3,
-    "pipeline.report": 3,
-    "pipeline.resuming": 3,
-    "pipeline.rounds": 3,
-    "pipeline.sealed_store": 3,
-    "pipeline.team": 3,
-    "pipeline.training": 3,
-    "pipeline.transport": 3,
-    "pipeline.consensus": 3,
-    "pipeline.elastic": 3,
-    "pipeline.elastic_world": 3,
-    "pipeline.threads": 3,
-    "pipeline.mixer": 3,
-    "pipeline.segments": 0,
-    "pipeline.tickets": 3,
-    "pipeline.vector": 2,
-    "pipeline.world": 3,
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
+# room of `pipeline` -> the other rooms that it may import; `errors` everybody may
+ROOMS: dict[str, str] = {
+    "errors": "",
+    "core": "",
+    "placement": "core",
+    "settings": "core placement simulation",
+    "cluster": "core placement",
+    "schedules": "core",
+    "models": "core",
+    "transport": "core",
+    "coordination": "core cluster",
+    "sync": "core",
+    "data": "core models transport coordination",
+    "stage": "core schedules models transport",
+    "report": "core models data",
+    "simulation": "core schedules models transport coordination sync data placement",
+    "replicas": "core placement sync coordination cluster stage transport data report",
+    "train": "*",
+    "cli": "*",
+    "compat": "*",
 }
-
-
-def floor_of(module: str) -> int | None:
-    """The floor of a module, by its own line or that of a package around it (but not `pipeline` itself)."""
-    if module in FLOORS:
-        return FLOORS[module]
-    package = module.rpartition(".")[0]
-    return floor_of(package) if package not in ("", "pipeline") else None
+# Decisions: a function of values, whatever the time, the machine or the run. Packages stand for all that is in them.
+PURE = names(
+    """
+    core.actions core.draw core.outside core.plain core.topology core.trace core.units errors settings schedules
+    models.costs models.partition models.bert models.bert_config models.criterion models.layered models.mlp
+    models.resnet models.smallest sync coordination.director coordination.gather coordination.groups
+    coordination.membership coordination.patience coordination.replies coordination.thinning coordination.work_queue
+    data.epochs data.segments simulation.emulation simulation.profile stage.batchnorm report.divergence
+    """
+)
+WITHOUT_TORCH = names(
+    """
+    core errors placement settings cluster.control cluster.cores cluster.edition cluster.identity cluster.porch
+    cluster.seal cluster.wire coordination simulation.emulation simulation.profile sync.dialogue report.divergence
+    """
+)
+WORLD = (
+    "torch.distributed", "threading", "socket", "time", "os", "logging", "random", "subprocess", "multiprocessing",
+    "asyncio", "zmq", "tempfile", "shutil",
+)  # fmt: skip
+TOUCHES = ("sys.path", "os.environ", "open()")  # what a pure module does not even write
+HETURUN_MAY = ("cluster", "errors", "placement", "core")  # of `pipeline`: no torch
+LONGEST_MODULE, LONGEST_FUNCTION = 500, 60  # lines
 
 
 def module_name(path: Path, root: Path) -> str:
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module of `pipeline`; "" for the package itself.
+
+    >>> room_of("pipeline.coordination.groups.waits"), room_of("pipeline.errors"), room_of("torch")
+    ('coordination', 'errors', None)
+    """
+    parts = module.split(".")
+    return None if parts[0] != "pipeline" else (parts[1] if len(parts) > 1 else "")
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -156,80 +102,99 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from imports(node)
 
 
+def touched(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, what) of every use of the paths, the environment or a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in TOUCHES:
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
+            yield node.lineno, "open()"
+
+
 def is_in(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def complaint(floor: int, name: str) -> str | None:
-    """What is wrong with importing `name` (a module, or a name in one) on `floor`."""
-    if is_in(name, "pipeline"):
-        target = floor_of(name)
-        if target is None:
-            return f"imports {name}, which has no floor; add it to FLOORS"
-        return f"is on floor {floor} and imports {name} of floor {target}" if target > floor else None
-    if floor <= TORCHLESS and is_in(name, "torch"):
-        return f"is on floor {floor}, which does without torch, and imports {name}"
-    impure = [module for module in IMPURE if is_in(name, module)]
-    return f"is on floor {floor}, which is pure, and imports {name}" if floor <= PURE and impure else None
+def listed(module: str, names: list[str]) -> bool:
+    return any(is_in(module, f"pipeline.{name}") for name in names)
+
+
+def complaint(module: str, name: str) -> str | None:
+    """What is wrong with importing `name` (a module, or a name in one) in `module` of pipeline."""
+    room, target = room_of(module), room_of(name)
+    if is_in(name, "heturun"):
+        return "pipeline does not know heturun"
+    if target and target not in ROOMS:
+        return f"{target} is no room; add it to ROOMS"
+    if target and room and target not in (room, "errors") and ROOMS[room] != "*" and target not in ROOMS[room].split():
+        return f"{room} may import {ROOMS[room] or 'no other room'}, and imports {target}"
+    if listed(module, PURE) and any(is_in(name, impure) for impure in WORLD):
+        return f"{module} is pure, and imports {name}"
+    if listed(module, WITHOUT_TORCH) and is_in(name, "torch"):
+        return f"{module} does without torch, and imports {name}"
+    return None
 
 
 def complaints(root: Path) -> list[str]:
     """Every line that breaks a rule, as "file:line: text  # what is wrong"."""
     found = []
     for path in sorted((root / "pipeline").rglob("*.py")):
-        where, text = path.relative_to(root), path.read_text()
-        floor = floor_of(module_name(path, root))
-        if floor is None:
-            found.append(f"{where}: has no floor; add {module_name(path, root)!r} to FLOORS in tests/test_floors.py")
+        where, text, module = path.relative_to(root), path.read_text(), module_name(path, root)
+        room = room_of(module)
+        if room and room not in ROOMS:
+            found.append(f"{where}: {room} is no room; add it to ROOMS in tests/test_floors.py")
             continue
-        for line, name in imports(ast.parse(text)):
-            wrong = complaint(floor, name)
-            if wrong is not None:
-                found.append(f"{where}:{line}: {text.splitlines()[line - 1].strip()}  # {wrong}")
+        tree, lines = ast.parse(text), text.splitlines()
+        wrong = [(line, complaint(module, name)) for line, name in imports(tree)]
+        if listed(module, PURE):
+            wrong += [(line, f"{module} is pure, and touches {what}") for line, what in touched(tree)]
+        found += [f"{where}:{line}: {lines[line - 1].strip()}  # {why}" for line, why in wrong if why]
     return found
 
 
-def test_imports_point_down_and_the_lowest_floors_are_pure() -> None:
+def test_rooms_import_what_they_may_and_decisions_are_pure() -> None:
     found = complaints(ROOT)
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_lists_name_what_there_is() -> None:
+    """A module that was moved or renamed does not slip out of its rule."""
+    for name in (*ROOMS, *PURE, *WITHOUT_TORCH):
+        place = ROOT / "pipeline" / Path(*name.split("."))
+        assert place.is_dir() or place.with_suffix(".py").is_file(), f"pipeline.{name} is not there"
 
 
 @pytest.mark.parametrize(
     ("module", "text", "expected"),
     [
-        ("placement", "import torch", "floor 0, which does without torch"),
-        ("schedules", "import torch\nfrom torch import distributed", "schedules.py:2: from torch import distributed"),
+        ("placement", "import torch", "placement.py:1: import torch  # pipeline.placement does without torch"),
+        ("schedules/passes", "import torch\nfrom torch import distributed", "passes.py:2: from torch import distrib"),
         (
-            "schedules",
+            "schedules/passes",
             "def now():\n    from time import time",
-            "schedules.py:2: from time import time  # is on floor 1",
+            "passes.py:2: from time import time  # pipeline.schedules.passes is pure, and imports time.time",
         ),
-        ("settings", "from os.path import join", "which is pure, and imports os.path.join"),
-        ("stage", "from pipeline.world import World", "is on floor 2 and imports pipeline.world.World of floor 3"),
-        ("stage", "from pipeline import world", "is on floor 2 and imports pipeline.world of floor 3"),
-        ("stage", "from pipeline import attic", "imports pipeline.attic, which has no floor"),
-        ("attic", "", "pipeline/attic.py: has no floor; add 'pipeline.attic' to FLOORS"),
+        ("settings", "from os.path import join", "is pure, and imports os.path.join"),
+        ("core/draw", "text = open('x')", "is pure, and touches open"),
+        ("stage/stage", "from pipeline.cluster.world import World", "stage may import core schedules models"),
+        ("stage/stage", "from pipeline.attic import x", "attic is no room"),
+        ("core/units", "from heturun.launch import ssh", "pipeline does not know heturun"),
+        ("attic", "", "pipeline/attic.py: attic is no room; add it to ROOMS"),
     ],
 )
 def test_a_broken_rule_is_reported_with_its_line(tmp_path: Path, module: str, text: str, expected: str) -> None:
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / f"{module}.py").write_text(text)
+    path = tmp_path / "pipeline" / f"{module}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
     found = complaints(tmp_path)
     assert len(found) == 1 and expected in found[0], found
 
 
 def test_imports_for_type_checkers_do_not_count(tmp_path: Path) -> None:
-    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "core").mkdir(parents=True)
     text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
-    (tmp_path / "pipeline" / "trace.py").write_text(text)
+    (tmp_path / "pipeline" / "core" / "trace.py").write_text(text)
     assert complaints(tmp_path) == []
-
-
-LAUNCHER_MAY = (
-    "pipeline.placement",
-    "pipeline.errors",
-    "pipeline.outside",
-)  # of `pipeline`: they import no torch themselves
 
 
 def test_the_launcher_starts_without_torch() -> None:
@@ -237,7 +202,23 @@ def test_the_launcher_starts_without_torch() -> None:
     found = []
     for path in sorted((ROOT / "heturun").rglob("*.py")):
         for line, name in imports(ast.parse(path.read_text())):
-            light = any(is_in(name, module) for module in LAUNCHER_MAY)
-            if is_in(name, "torch") or (is_in(name, "pipeline") and not light):
+            if is_in(name, "torch") or (room_of(name) and room_of(name) not in HETURUN_MAY):
                 found.append(f"{path.relative_to(ROOT)}:{line}: imports {name}")
     assert not found, "\n" + "\n".join(found)
+
+
+def sizes(root: Path) -> Iterator[tuple[str, int, int]]:
+    """(what, its lines, how many it may have), of every module and function."""
+    for package in ("pipeline", "heturun"):
+        for path in sorted((root / package).rglob("*.py")):
+            text, where = path.read_text(), path.relative_to(root)
+            yield str(where), len(text.splitlines()), LONGEST_MODULE
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                    yield f"{where}:{node.lineno} {node.name}", lines, LONGEST_FUNCTION
+
+
+def test_modules_and_functions_are_short() -> None:
+    long = [f"{what} has {lines} lines, {most} at most" for what, lines, most in sizes(ROOT) if lines > most]
+    assert not long, "\n" + "\n".join(long)

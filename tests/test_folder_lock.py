@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.folder_lock import DEAD_S, SILENT_S, FolderLock, Owner, Verdict, judge, this_host, this_process
+from pipeline.train.folder_lock import DEAD_S, SILENT_S, FolderLock, Owner, Verdict, judge, this_host, this_process
 
 HERE = "w0 boot pid"
 OWNER = Owner("theirs", "run", HERE, 4711, 1.0, "12:03:44", shared=True)

@@ -13,14 +13,14 @@ from test_jobs import final
 from tiny import join_world, tiny_settings, tiny_task
 from torch import Tensor, nn
 
-from pipeline.assemble import make_stage
-from pipeline.job import train
 from pipeline.models.layered import Block, LayeredModel, build_whole, full_state
 from pipeline.models.mlp import mlp
-from pipeline.optim import make_optimizer
-from pipeline.stage import Stage, StageOptions
-from pipeline.state import OptimizerState, States, UpdatesState, WeightsState
-from pipeline.vector import StageVector
+from pipeline.replicas.flat_state import StageVector
+from pipeline.stage.build import make_stage
+from pipeline.stage.stage import Stage, StageOptions
+from pipeline.train.optim import make_optimizer
+from pipeline.train.run import train
+from pipeline.train.state import OptimizerState, States, UpdatesState, WeightsState
 
 ROOT = Path(__file__).resolve().parent.parent
 FROZEN, DOUBLE = (1, 5), 3  # blocks

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.actions import Action, Op, parse
-from pipeline.assemble import make_stage
-from pipeline.executor import Executor, Hooks
-from pipeline.gpu_clock import GpuClock
-from pipeline.schedules import SCHEDULES, Shape, forward_only, program
-from pipeline.trace import Recorder, bubble_fraction
+from pipeline.core.actions import Action, Op, parse
+from pipeline.core.trace import Recorder, bubble_fraction
+from pipeline.schedules.program import SCHEDULES, Shape, forward_only, program
+from pipeline.stage.build import make_stage
+from pipeline.stage.executor import Executor, Hooks
+from pipeline.stage.gpu_clock import GpuClock
 from pipeline.transport.local import local_transports
 
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.actions import Op
-from pipeline.arrivals import BURST, FIRST_WAIT_S, ReferenceWait
-from pipeline.draw import draw
+from pipeline.coordination.groups.scheduler import Final, Form, GroupScheduler, Joined, Left, Ready, Rules, Tick, WakeAt
+from pipeline.coordination.groups.waits import BURST, FIRST_WAIT_S, ReferenceWait
+from pipeline.coordination.work_queue import Shares
+from pipeline.core.actions import Op
+from pipeline.core.draw import draw
 from pipeline.errors import UserError
-from pipeline.groups import Final, Form, GroupScheduler, Joined, Left, Ready, Rules, Tick, WakeAt
-from pipeline.schedules import SCHEDULES, Shape, updates_of, with_mixing
-from pipeline.shares import Shares
+from pipeline.schedules.program import SCHEDULES, Shape, updates_of, with_mixing
 
 # --- single decisions
 

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.actions import Op
+from pipeline.core.actions import Op
+from pipeline.core.units import bytes_per_second
 from pipeline.errors import UserError
-from pipeline.executor import Executor
-from pipeline.hetero import Place, Profile, Whom, check_places, parse_profile, parse_trace
 from pipeline.settings import Settings
-from pipeline.straggler import Straggler, make_straggler, read_profile, slowed
+from pipeline.simulation.clocks import ExactClock
+from pipeline.simulation.profile import Place, Profile, Whom, check_places, parse_profile, parse_trace
+from pipeline.simulation.straggler import Straggler, make_straggler, read_profile, slowed
+from pipeline.simulation.throttled import ThrottledTransport, throttled
+from pipeline.stage.executor import Executor
 from pipeline.transport.local import local_transports
-from pipeline.transport.throttled import ThrottledTransport, throttled
-from pipeline.units import bytes_per_second
-from pipeline.waiting import ExactClock
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Place(0, 0, "w0")

@@ -12,12 +12,12 @@ import pytest
 from heturun_jobs import ROOT, clean_environment, heturun
 
 from heturun.__main__ import main
-from heturun.agent import with_threads
-from heturun.cluster import Cluster, Node, load_cluster, this_machine
-from heturun.cores import granted, own_share, share
-from heturun.hosts import num_gpus
-from heturun.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started, Verdict
-from heturun.plan import common_environment, here_note, layout_here, layout_of, on_cluster, plan_job
+from heturun.launch.agent import with_threads
+from heturun.launch.cluster import Cluster, Node, load_cluster, this_machine
+from heturun.launch.hosts import num_gpus
+from heturun.launch.outcome import EXIT_S, SETTLE_S, Closed, Event, Exited, Failed, Lost, Outcome, Started, Verdict
+from heturun.launch.processes import common_environment, here_note, layout_here, layout_of, on_cluster, plan_job
+from pipeline.cluster.cores import granted, own_share, share
 from pipeline.errors import UserError
 from pipeline.placement import Placement, load_placement, rcpu, rgpu
 

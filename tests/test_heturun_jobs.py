@@ -23,7 +23,7 @@ from heturun_jobs import (
     program,
 )
 
-from heturun.mpi import find_mpirun
+from heturun.launch.mpi import find_mpirun
 
 LAYOUTS = """
 from pipeline.placement import cpu
@@ -156,7 +156,7 @@ def test_a_rank_that_is_killed_ends_the_job_with_128_and_the_signal(launcher: st
 @both_launchers
 def test_the_error_of_the_rank_that_failed_first_is_shown_not_that_of_those_who_lost_it(launcher: str) -> None:
     code = (
-        "from heturun.control import Control; control = Control.from_environment()\n"
+        "from pipeline.cluster.control import Control; control = Control.from_environment()\n"
         "if rank == 0:\n"
         "    control.failed('rank 1 went away', secondary=True)\n"
         "    control.publish('said', 'yes'); sys.exit(1)\n"
@@ -177,7 +177,7 @@ def test_the_error_of_the_rank_that_failed_first_is_shown_not_that_of_those_who_
 @pytest.mark.parametrize("how", ["control.failed('bad shard', secondary=False); sys.exit(6)", "c.Abort(6)"])
 def test_a_failing_stage_of_an_mpi_world_is_named_although_mpirun_ends_its_peers(how: str, folder: Path) -> None:
     code = (
-        "from heturun.control import Control; control = Control.from_environment()\n"
+        "from pipeline.cluster.control import Control; control = Control.from_environment()\n"
         "from mpi4py import MPI; c = MPI.COMM_WORLD; c.barrier()\n"
         f"if rank == 3:\n    print('bad shard', file=sys.stderr, flush=True)\n    {how}\n"
         "c.recv(source=1 - c.rank)"
@@ -286,7 +286,10 @@ def test_what_a_rank_has_started_ends_with_it(launcher: str) -> None:
 @needs_mpi
 def test_killed_mpirun_or_agents_end_the_job(folder: Path) -> None:
     layout = ["--placement", "local_2x2"]
-    for name, word, statuses in (("prterun", "mpirun of pipeline 0", [137]), ("heturun.agent", "rank 0", [1, 137])):
+    for name, word, statuses in (
+        ("prterun", "mpirun of pipeline 0", [137]),
+        ("heturun.launch.agent", "rank 0", [1, 137]),
+    ):
         with job("--launcher", "mpi", "-w", "4", code=READY_AND_WAIT, more=layout, cwd=folder) as running:
             running.wait_for_lines("ready", 4)
             started = children_of(running.process.pid)
@@ -300,7 +303,7 @@ def test_killed_mpirun_or_agents_end_the_job(folder: Path) -> None:
 @both_launchers
 def test_two_jobs_run_side_by_side(launcher: str, folder: Path) -> None:
     code = (
-        "from heturun.control import Control; c = Control.from_environment()\n"
+        "from pipeline.cluster.control import Control; c = Control.from_environment()\n"
         "c.publish(f'from {rank}', sys.argv[1])\n"
         "print(*[c.lookup(f'from {i}', timeout_s=30) for i in range(4)])"
     )
@@ -328,7 +331,7 @@ def test_the_temporary_directory_of_the_user_reaches_the_ranks(tmp_path: Path) -
 
 def test_a_value_that_nobody_publishes_is_named() -> None:
     code = (
-        "from heturun.control import Control; control = Control.from_environment()\n"
+        "from pipeline.cluster.control import Control; control = Control.from_environment()\n"
         "try:\n    control.lookup('store', timeout_s=0.3)\n"
         "except TimeoutError as error:\n    print(error)"
     )
@@ -338,7 +341,7 @@ def test_a_value_that_nobody_publishes_is_named() -> None:
 
 def test_a_stranger_without_the_key_is_turned_away() -> None:
     code = (
-        "from heturun.control import Control\n"
+        "from pipeline.cluster.control import Control\n"
         "try:\n    Control(os.environ['HETURUN_CONTROL'], '00' * 32, 0)\n"
         "except ConnectionError as error:\n    print('refused:', error)"
     )
@@ -349,7 +352,7 @@ def test_a_stranger_without_the_key_is_turned_away() -> None:
 
 def test_progress_is_a_bar_on_a_terminal_and_output_stays_readable() -> None:
     code = (
-        "from heturun.control import Control; control = Control.from_environment()\n"
+        "from pipeline.cluster.control import Control; control = Control.from_environment()\n"
         "control.progress(5, 10, 'epoch 3'); print('a line of the job', flush=True)\n"
         "control.progress(10, 10, 'epoch 3')"
     )

@@ -16,13 +16,13 @@ from tiny import run_here
 from torch import Tensor
 from torchvision.models import resnet18
 
-from pipeline.assemble import make_stage
 from pipeline.errors import UserError
-from pipeline.initial import open_source, take_initial
 from pipeline.models import make_model
 from pipeline.models.layered import LayeredModel
-from pipeline.optim import make_optimizer
-from pipeline.stage import Stage
+from pipeline.stage.build import make_stage
+from pipeline.stage.stage import Stage
+from pipeline.train.initial import open_source, take_initial
+from pipeline.train.optim import make_optimizer
 
 SHAPE = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

@@ -15,7 +15,7 @@ import torch
 from conftest import thorough
 from tiny import losses
 
-from pipeline import checkpoint
+from pipeline.train import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.py"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_settings
 
-from pipeline.calendar import Calendar
-from pipeline.journal import ElasticJournal, Journal, line_due
+from pipeline.data.epochs import Calendar
 from pipeline.models.criterion import Classification
+from pipeline.report.training_log import ElasticJournal, Journal, line_due
 
 BATCH = 8
 

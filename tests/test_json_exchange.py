@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster.failures import report_failures
+from pipeline.cluster.json_exchange import MAX_BYTES, broadcast_value, gather_values, gather_values_at
+from pipeline.cluster.json_exchange import _decoded as decoded
+from pipeline.core.outside import parse_json, parse_yaml
 from pipeline.errors import Forged, UserError
-from pipeline.failures import report_failures
-from pipeline.json_exchange import MAX_BYTES, broadcast_value, gather_values, gather_values_at
-from pipeline.json_exchange import _decoded as decoded
-from pipeline.outside import parse_json, parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,7 @@ THREE = """
     from pathlib import Path
     import torch.distributed as dist
     from pipeline.errors import UserError
-    from pipeline.json_exchange import broadcast_value, gather_values, gather_values_at
+    from pipeline.cluster.json_exchange import broadcast_value, gather_values, gather_values_at
     rank, said = int(sys.argv[1]), {}
     dist.init_process_group("gloo", store=dist.FileStore("store", 3), rank=rank, world_size=3)
     everyone, pair = dist.group.WORLD, dist.new_group([1, 2])

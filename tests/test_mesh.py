@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from heturun.wire import admit, split_address
-from pipeline import frames
-from pipeline.draw import shuffled
+from pipeline.cluster.wire import admit, split_address
+from pipeline.core.draw import shuffled
 from pipeline.errors import GroupBroken, PeerLost
-from pipeline.frames import Header, Kind
-from pipeline.mailbox import Key, Mailbox
-from pipeline.mesh import Mesh
-from pipeline.rounds import mean_of
+from pipeline.replicas.mesh import frames
+from pipeline.replicas.mesh.allreduce import mean_of
+from pipeline.replicas.mesh.frames import Header, Kind
+from pipeline.replicas.mesh.mailbox import Key, Mailbox
+from pipeline.replicas.mesh.mesh import Mesh
 
 KEY = b"0123456789abcdef"
 SOON_S = 5.0  # as good as at once on such a machine; on an idle one it is under 0.1 s

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.journal import mixed_since
-from pipeline.metrics import (
+from pipeline.models.criterion import BertPretraining, Classification, Criterion
+from pipeline.report.run_log import (
     JsonLines,
     Losses,
     Rows,
@@ -27,8 +27,8 @@ from pipeline.metrics import (
     speed_line,
     training_line,
 )
-from pipeline.models.criterion import BertPretraining, Classification, Criterion
-from pipeline.models.emulated import SumOfShares
+from pipeline.report.training_log import mixed_since
+from pipeline.simulation.emulated_model import SumOfShares
 
 
 def test_the_lines_are_the_references_to_the_letter() -> None:
@@ -273,5 +273,5 @@ def test_a_run_without_a_name_is_called_by_the_time() -> None:
 
 
 def test_tensorboard_is_imported_only_when_it_is_used() -> None:
-    code = "import sys, pipeline.metrics; print('tensorboard' in sys.modules)"
+    code = "import sys, pipeline.report.run_log; print('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.assemble import make_stage
-from pipeline.coordination import Group
+from pipeline.coordination.client import Group
 from pipeline.errors import Fenced, GroupBroken
-from pipeline.executor import Executor, Hooks
-from pipeline.mixer import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer, mean_of
-from pipeline.optim import cosine, warm_up
-from pipeline.schedules import SCHEDULES, Shape, program
-from pipeline.stage import Stage
+from pipeline.replicas.flat_state import StageVector
+from pipeline.replicas.mixers import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer, mean_of
+from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.stage.build import make_stage
+from pipeline.stage.executor import Executor, Hooks
+from pipeline.stage.stage import Stage
 from pipeline.sync.adpsgd import AdPsgd
 from pipeline.sync.local_sgd import Calendar, LocalSgd
 from pipeline.sync.outer import Outer, SlowMo
 from pipeline.sync.preduce import PartialReduce
+from pipeline.train.optim import cosine, warm_up
 from pipeline.transport.local import local_transports
-from pipeline.vector import StageVector
 
 WAIT_S = 20.0
 

@@ -14,7 +14,10 @@ COLLECTIVES = (
     "recv_object_list",
 )  # fmt: skip
 LOADERS = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
-ELSEWHERE = {"pipeline/checkpoint.py", "pipeline/tensor_list.py"}  # read files, through an unpickler of their own
+ELSEWHERE = {
+    "pipeline/train/checkpoint.py",
+    "pipeline/train/tensor_list.py",
+}  # read files, through an unpickler of their own
 
 
 def complaints(text: str) -> Iterator[str]:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pipeline.errors import UserError
-from pipeline.optim import (
+from pipeline.settings import Settings, default_settings
+from pipeline.train.optim import (
     default_milestones,
     make_learning_rate,
     make_optimizer,
     optimizer_of,
     scaled,
 )
-from pipeline.settings import Settings, default_settings
 
 PER_EPOCH = 10
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, run_here, tiny_settings, tiny_task
 
-from pipeline import checkpoint
+from pipeline.cluster.world import join_world
 from pipeline.errors import UserError
-from pipeline.job import _balanced as measured_cut
-from pipeline.journal import WhoeverSpeaks
-from pipeline.outputs import Output, outputs_of, rescue_weights, try_outputs
-from pipeline.world import join_world
+from pipeline.report.training_log import WhoeverSpeaks
+from pipeline.train import checkpoint
+from pipeline.train.outputs import Output, outputs_of, rescue_weights, try_outputs
+from pipeline.train.run import _balanced as measured_cut
 
 
 def test_each_rank_tries_what_it_will_write(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from heturun.cluster import load_cluster
-from pipeline.coordination import Client, JobRules
-from pipeline.costs import _read
-from pipeline.director import Director
+from heturun.launch.cluster import load_cluster
+from pipeline.coordination.client import Client, JobRules
+from pipeline.coordination.director import Director
+from pipeline.coordination.membership import Malformed
 from pipeline.errors import CoordinatorLost, UserError
-from pipeline.hetero import parse_profile
 from pipeline.models.bert_config import read_shape
-from pipeline.roll import Malformed
+from pipeline.models.costs import _read
+from pipeline.simulation.profile import parse_profile
 
 DEEP = "[" * 100_000
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.costs import Profile, conditions_of, load_profile, profile_blocks, save_profile
 from pipeline.errors import UserError
 from pipeline.models import Block, LayeredModel, make_model
+from pipeline.models.costs import Profile, conditions_of, load_profile, profile_blocks, save_profile
 from pipeline.models.criterion import Classification
-from pipeline.partition import (
+from pipeline.models.partition import (
     BlockCost,
     balance,
     cut_points,

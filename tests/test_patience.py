@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.coordination.patience import Patience
 from pipeline.errors import PeerLate, PeerLost
-from pipeline.patience import Patience
 
 
 def test_pauses_grow_and_stay_within_the_limit() -> None:

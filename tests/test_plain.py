@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.plain import finite, to_ascii, to_json, write_line
+from pipeline.core.plain import finite, to_ascii, to_json, write_line
 
 
 def terminal(encoding: str) -> io.TextIOWrapper:

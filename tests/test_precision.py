@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from pipeline.executor import Executor
 from pipeline.models import Block, LayeredModel, make_model
-from pipeline.stage import LossScaler, StageOptions
+from pipeline.stage.executor import Executor
+from pipeline.stage.stage import LossScaler, StageOptions
 from pipeline.transport.local import LocalTransport, local_transports
 
 Tensors = tuple[Tensor, ...]

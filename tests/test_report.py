@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.trace import Span
 from pipeline.errors import UserError
-from pipeline.report import (
+from pipeline.report.summary import (
     RankReport,
     draw_losses,
     draw_timeline,
@@ -23,7 +24,6 @@ from pipeline.report import (
     totals,
     write_reports,
 )
-from pipeline.trace import Span
 
 
 def spans_of(pipeline: int, stage: int, picture: str, *, start: float) -> tuple[Span, ...]:
@@ -204,7 +204,7 @@ def test_losses_are_drawn_with_and_without_a_validation(tmp_path: Path) -> None:
 
 
 def test_a_report_is_made_without_importing_what_draws_it() -> None:
-    code = "import sys, pipeline.report; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
+    code = "import sys, pipeline.report.summary; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -12,10 +12,10 @@ import torch
 from test_jobs import final, heturun
 from tiny import losses, run_here
 
-from pipeline import checkpoint
 from pipeline.errors import UserError
-from pipeline.resuming import NOTABLE, SAME, check_same, modern, table_as_markdown, what_must_stay
 from pipeline.settings import Settings, default_settings
+from pipeline.train import checkpoint
+from pipeline.train.resuming import NOTABLE, SAME, check_same, modern, table_as_markdown, what_must_stay
 
 ROOT = Path(__file__).resolve().parent.parent
 

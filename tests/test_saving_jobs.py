@@ -7,8 +7,8 @@ from pathlib import Path
 from faulty_jobs import tiny_job
 from safetensors.torch import load_file
 
-from pipeline import checkpoint
-from pipeline.checkpoint_folder import checkpoints
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint_folder import checkpoints
 
 PATIENCE_S = 90.0
 LONG_S = 120.0

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.actions import Action, Op, parse, render
+from pipeline.core.actions import Action, Op, parse, render
 from pipeline.errors import UserError
-from pipeline.schedules import (
+from pipeline.schedules.program import (
     SCHEDULES,
     Shape,
     compute_order,

@@ -13,10 +13,10 @@ from test_json_exchange import Bomb
 from test_world import finish, ranks_as_torchrun, start
 from torch.distributed import PrefixStore, TCPStore
 
+from pipeline.cluster.failures import report_failures
+from pipeline.cluster.rendezvous import Networks, listening_address, read_value
+from pipeline.cluster.sealed_store import job_key, seal, sealed, unseal
 from pipeline.errors import Forged, UserError
-from pipeline.failures import report_failures
-from pipeline.meeting import Networks, listening_address, read_value
-from pipeline.sealed_store import job_key, seal, sealed, unseal
 
 KEY = b"k" * 32
 
@@ -88,7 +88,7 @@ def test_a_crafted_pickle_in_the_store_is_one_line_and_runs_nothing(
 JOIN = """
     import os
     from pathlib import Path
-    from pipeline.world import join_world, report_failures
+    from pipeline.cluster.world import join_world, report_failures
     with report_failures():
         join_world("local_1x2", timeout_s=30, directory=Path(os.environ["ROOT"])).connect()
 """

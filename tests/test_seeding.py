@@ -16,8 +16,8 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
 from pipeline.models import Block, LayeredModel, build_blocks, make_model
-from pipeline.seeding import GENERATOR_LOCK, WATCHED, Draws, generators_of
-from pipeline.stage import StageOptions
+from pipeline.stage.seeding import GENERATOR_LOCK, WATCHED, Draws, generators_of
+from pipeline.stage.stage import StageOptions
 from pipeline.transport.local import local_transports
 
 CPU = torch.device("cpu")

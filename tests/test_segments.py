@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.calendar import Calendar
-from pipeline.feed import Plan, epoch_order
-from pipeline.schedules import Shape
-from pipeline.segments import Segments
+from pipeline.data.epochs import Calendar
+from pipeline.data.plan import Plan, epoch_order
+from pipeline.data.segments import Segments
+from pipeline.schedules.program import Shape
 
 
 def test_a_segment_per_epoch_holds_all_its_batches() -> None:

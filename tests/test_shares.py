@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shares import Shares
+from pipeline.coordination.work_queue import Shares
 
 
 def test_first_come_first_served_and_all_stages_get_the_same_answer() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.actions import Action, Op, parse
-from pipeline.schedules import SCHEDULES, Shape, forward_only, program
-from pipeline.simulate import DeadlockError, simulate, validate
+from pipeline.core.actions import Action, Op, parse
+from pipeline.schedules.program import SCHEDULES, Shape, forward_only, program
+from pipeline.schedules.simulate import DeadlockError, simulate, validate
 
 COSTS = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0}
 

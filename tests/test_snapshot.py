@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pipeline.stage import BlockModule, Stage, StageOptions
+from pipeline.stage.stage import BlockModule, Stage, StageOptions
 
 OVERTAKE_S = 0.3  # for a copy that would not wait
 SOON_S = 20.0

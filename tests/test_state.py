@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.assemble import make_stage
 from pipeline.models.mlp import mlp
-from pipeline.optim import make_optimizer
-from pipeline.optimizer_state import reset, room_for
-from pipeline.stage import LossScaler, Stage, StageOptions
-from pipeline.state import (
+from pipeline.replicas.flat_state import StageVector
+from pipeline.stage.build import make_stage
+from pipeline.stage.optimizer_state import reset, room_for
+from pipeline.stage.stage import LossScaler, Stage, StageOptions
+from pipeline.sync import Synchroniser
+from pipeline.sync.local_sgd import Calendar, LocalSgd
+from pipeline.sync.outer import DiLoCo, Outer, OuterRule, SlowMo
+from pipeline.train.optim import make_optimizer
+from pipeline.train.state import (
     LossScaleState,
     MixingState,
     OptimizerState,
@@ -23,10 +27,6 @@ from pipeline.state import (
     UpdatesState,
     WeightsState,
 )
-from pipeline.sync import Synchroniser
-from pipeline.sync.local_sgd import Calendar, LocalSgd
-from pipeline.sync.outer import DiLoCo, Outer, OuterRule, SlowMo
-from pipeline.vector import StageVector
 
 MODEL = mlp(inputs=6, width=5, depth=4, num_classes=3, activation="tanh", batchnorm=True)
 

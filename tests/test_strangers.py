@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 from heturun_jobs import clean_environment, heturun, program
 
-from heturun import __version__, deliver, hosts, mpi, porch, ssh, wire
-from heturun.cluster import Node
-from heturun.control import Control
-from heturun.edition import Editions, edition
-from heturun.hub import Hub
-from heturun.mpi import find_mpirun
-from heturun.outcome import Event, Failed, Lost, Output
-from heturun.porch import Porch
-from heturun.seal import SEAL_BYTES, Sealer
+from heturun import __version__
+from heturun.launch import deliver, hosts, mpi, ssh
+from heturun.launch.cluster import Node
+from heturun.launch.hub import Hub
+from heturun.launch.mpi import find_mpirun
+from heturun.launch.outcome import Event, Failed, Lost, Output
+from pipeline.cluster import porch, wire
+from pipeline.cluster.control import Control
+from pipeline.cluster.edition import Editions, edition
+from pipeline.cluster.porch import Porch
+from pipeline.cluster.seal import SEAL_BYTES, Sealer
 
 KEY = b"k" * 32
 SECRET = "hf_abcdefghijklmnop"
@@ -289,7 +291,7 @@ def test_mpirun_is_told_no_secret_and_its_own_pages_come_before_the_cause() -> N
 @pytest.mark.parametrize("dismissed", [True, False])
 def test_an_heir_settles_only_what_was_not_left_in_order(dismissed: bool, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from heturun.tidy import Heir, make_estate\n"
+        "import os, signal, sys; from pathlib import Path; from heturun.launch.tidy import Heir, make_estate\n"
         "estate = make_estate(os.getppid(), sys.argv[1], far=True, parent=Path(sys.argv[1]).parent)\n"
         "heir = Heir(estate.settle)\n" + ("heir.dismiss()" if dismissed else "os.kill(os.getpid(), signal.SIGKILL)")
     )

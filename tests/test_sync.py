@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.draw import draw
+from pipeline.core.draw import draw
 from pipeline.errors import GroupBroken
-from pipeline.flows import Average, Group, Join, average, broadcast, unless_broken
 from pipeline.settings import Settings
 from pipeline.sync import Synchroniser, make_synchroniser
 from pipeline.sync.adpsgd import AdPsgd, MatchedAdPsgd, passive_neighbours
+from pipeline.sync.dialogue import Average, Group, Join, average, broadcast, unless_broken
 from pipeline.sync.local_sgd import Calendar, LocalSgd
 from pipeline.sync.outer import DiLoCo, Outer, OuterRule, SlowMo
 from pipeline.sync.preduce import PartialReduce

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from pipeline import checkpoint, tensor_list
 from pipeline.errors import UserError
+from pipeline.train import checkpoint, tensor_list
 
 
 class Runs:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.coordination import FRAME_BYTES
-from pipeline.elastic_world import RECEIVED_BYTES, share_bytes
-from pipeline.report import RankReport
-from pipeline.thinning import SHORT, fit, thinned
-from pipeline.trace import Span
+from pipeline.coordination.client import FRAME_BYTES
+from pipeline.coordination.thinning import SHORT, fit, thinned
+from pipeline.core.trace import Span
+from pipeline.replicas.elastic import RECEIVED_BYTES, share_bytes
+from pipeline.report.summary import RankReport
 
 
 def size(values: Any) -> int:

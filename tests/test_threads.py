@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, PeerLost, TooFewReplicas
-from pipeline.threads import first_cause, run_together
+from pipeline.train.threads import first_cause, run_together
 
 
 def test_the_first_error_that_nobody_else_made_counts() -> None:

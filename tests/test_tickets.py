@@ -6,9 +6,9 @@ from concurrent.futures import Future
 
 import pytest
 
+from pipeline.data.dynamic_batches import TicketBook, TicketFeed, TicketPlan
+from pipeline.data.plan import Plan
 from pipeline.errors import CoordinatorLost, Fenced
-from pipeline.feed import Plan
-from pipeline.tickets import TicketBook, TicketFeed, TicketPlan
 from pipeline.transport.local import local_transports
 
 

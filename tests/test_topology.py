@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.draw import draw, shuffled
-from pipeline.topology import Components, matching, sides
+from pipeline.core.draw import draw, shuffled
+from pipeline.core.topology import Components, matching, sides
 
 replicas = st.sets(st.integers(0, 50), max_size=12)
 

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import pytest
 
-from pipeline.trace import (
+from pipeline.core.trace import (
     Recorder,
     Span,
     bubble_fraction,

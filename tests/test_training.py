@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import Points, losses, run_here, tiny_settings
 
-from pipeline import checkpoint
-from pipeline.calendar import Calendar
+from pipeline.data.epochs import Calendar
 from pipeline.errors import UserError
 from pipeline.models.layered import build_whole, load_full_state
 from pipeline.models.mlp import mlp
+from pipeline.train import checkpoint
 
 
 def state(directory: Path, step: int) -> dict[str, torch.Tensor]:

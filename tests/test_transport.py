@@ -24,11 +24,11 @@ import torch
 from transport_worker import HOSTS, OF_ONE_BACKEND, STAGES, TOGETHER, World, run_scenarios
 
 from pipeline.errors import UserError
+from pipeline.simulation.throttled import ThrottledTransport
 from pipeline.transport import resolve_backend
 from pipeline.transport.local import local_transports
 from pipeline.transport.protocol import HOST_CHANNELS, Layout, Who, dense, describe, layout_of, undescribe
 from pipeline.transport.staged import StagedTransport
-from pipeline.transport.throttled import ThrottledTransport
 from pipeline.transport.torch_dist import _Outbox
 
 TESTS = Path(__file__).resolve().parent

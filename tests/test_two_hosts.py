@@ -215,7 +215,7 @@ print("MET", os.environ["RANK"], world.rank, world.size, met)
 def test_values_are_published_from_host_to_host(launch: Launch, launcher: str) -> None:
     code = """
 import os
-from heturun.control import Control
+from pipeline.cluster.control import Control
 control, rank = Control.from_environment(), int(os.environ["RANK"])
 control.publish(f"of {rank}", f"value {rank}")
 print("GOT", control.lookup(f"of {1 - rank}", timeout_s=20))
@@ -243,7 +243,7 @@ def test_a_killed_rank_of_the_other_host_ends_both_hosts(launch: Launch, launche
 def test_the_first_real_error_of_either_host_comes_last(launch: Launch, launcher: str) -> None:
     code = """
 import os, sys, time
-from heturun.control import Control
+from pipeline.cluster.control import Control
 control, rank = Control.from_environment(), int(os.environ["RANK"])
 print("UP", flush=True)
 if rank == 1:

@@ -17,7 +17,7 @@ from conftest import thorough
 from heturun_jobs import ROOT, clean_environment
 from netns import NAMES, TwoHosts, two_hosts
 
-from heturun.mpi import find_mpirun
+from heturun.launch.mpi import find_mpirun
 
 LAYOUT = """
 from pipeline.placement import rcpu

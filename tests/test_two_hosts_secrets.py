@@ -16,7 +16,7 @@ import pytest
 from netns import PREFIX, TwoHosts, two_hosts
 from test_two_hosts import TELL, Launch, told
 
-from heturun.mpi import find_mpirun
+from heturun.launch.mpi import find_mpirun
 
 needs_mpi = pytest.mark.skipif(find_mpirun() is None, reason="no Open MPI here")
 SECRETS = {"HF_TOKEN": "hf_of_the_environment", "GIVEN_SECRET": "s_of_the_option", "FILE_PASSWORD": "p_of_the_file"}
@@ -118,7 +118,7 @@ def test_what_open_mpi_leaves_is_tidied_up_on_both_hosts_however_it_ends(launch:
         elif how == "mpirun":
             os.kill(the_pid(launch.net, "w0", "bin/prterun"), signal.SIGKILL)
         elif how == "agent":
-            os.kill(the_pid(launch.net, "w1", "heturun.agent"), signal.SIGKILL)
+            os.kill(the_pid(launch.net, "w1", "heturun.launch.agent"), signal.SIGKILL)
         elif how == "cable":
             launch.net.unplug("w0")
             wait_until_gone(launch.net, "w1")
@@ -184,7 +184,7 @@ def test_other_sources_on_the_second_host_are_said_in_one_line(launch: Launch, l
     code = (
         "import os, time\n"
         "from heturun import edition\n"
-        "from heturun.control import Control\n"
+        "from pipeline.cluster.control import Control\n"
         "if os.environ['HETURUN_HOST'] == 'w1':\n    time.sleep(1)\n    edition.__version__ = '0.0.9'\n"
         "Control.from_environment()\n"
         "time.sleep(60)"

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from pipeline.cluster.failures import is_secondary, report_failures
+from pipeline.cluster.identity import first_host, identify, tasks_on_node
+from pipeline.cluster.rendezvous import Networks, choose_address, common_address, networks, set_interface
+from pipeline.cluster.world import Peer, is_oversubscribed, join_world, nccl_fails
 from pipeline.errors import PeerLost, UserError
-from pipeline.failures import is_secondary, report_failures
-from pipeline.identity import first_host, identify, tasks_on_node
-from pipeline.meeting import Networks, choose_address, common_address, networks, set_interface
 from pipeline.placement import load_placement
-from pipeline.progress import make_progress
-from pipeline.world import Peer, is_oversubscribed, join_world, nccl_fails
+from pipeline.report.progress import make_progress
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -30,7 +30,7 @@ HERE = Networks({"lo": ("127.0.0.1/8", "::1/128"), "eth1": ("10.9.0.1/24",), "et
 TALK = """
     import json, os, sys
     from pathlib import Path
-    from pipeline.world import join_world, report_failures
+    from pipeline.cluster.world import join_world, report_failures
     with report_failures():
         world = join_world(os.environ.get("LAYOUT"), timeout_s=20, directory=Path(os.environ["ROOT"]))
         world.connect()
@@ -156,7 +156,7 @@ def test_whoever_does_not_join_is_named_with_its_host(tmp_path: Path) -> None:
     code = """
         import os
         from pathlib import Path
-        from pipeline.world import join_world, report_failures
+        from pipeline.cluster.world import join_world, report_failures
         with report_failures():
             join_world("two_hosts_2x2", timeout_s=2, directory=Path(os.environ["ROOT"])).connect()
     """
@@ -170,7 +170,7 @@ def test_rank_zero_missing_is_named_too(tmp_path: Path) -> None:
     code = """
         import os
         from pathlib import Path
-        from pipeline.world import join_world, report_failures
+        from pipeline.cluster.world import join_world, report_failures
         with report_failures():
             join_world("two_hosts_2x2", timeout_s=1, directory=Path(os.environ["ROOT"])).connect()
     """
@@ -183,7 +183,7 @@ def test_a_rank_that_dies_later_is_named_by_those_who_wait_for_it(tmp_path: Path
     code = """
         import os
         from pathlib import Path
-        from pipeline.world import join_world, report_failures
+        from pipeline.cluster.world import join_world, report_failures
         with report_failures():
             world = join_world("local_1x2", timeout_s=3, directory=Path(os.environ["ROOT"]))
             world.connect()
@@ -217,7 +217,7 @@ def test_an_mpi_rank_that_fails_takes_the_others_with_it(tmp_path: Path) -> None
         import os, time
         from pathlib import Path
         from pipeline.errors import UserError
-        from pipeline.world import join_world, report_failures
+        from pipeline.cluster.world import join_world, report_failures
         with report_failures():
             world = join_world("local_2x1", timeout_s=60, directory=Path(os.environ["ROOT"]))
             if world.rank == 1:
@@ -311,7 +311,7 @@ def test_under_heturun_a_rank_knows_its_place_and_who_is_remote(monkeypatch: pyt
 FILES = """
     import os, time
     from pathlib import Path
-    from pipeline.world import join_world, report_failures
+    from pipeline.cluster.world import join_world, report_failures
 
     class Files:
         \"\"\"A control channel made of files.\"\"\"

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.job import deadline, train
+from pipeline.cluster.world import join_world, report_failures
 from pipeline.models.criterion import Classification
 from pipeline.models.mlp import mlp
 from pipeline.settings import Settings
-from pipeline.training import Task
-from pipeline.world import join_world, report_failures
+from pipeline.train.run import deadline, train
+from pipeline.train.trainer import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 

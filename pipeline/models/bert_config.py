@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.outside import parse_json
 from pipeline.errors import UserError
-from pipeline.outside import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

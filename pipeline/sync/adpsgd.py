@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.draw import draw
-from pipeline.flows import Dialogue, locate, swap, unless_broken
+from pipeline.core.draw import draw
+from pipeline.core.topology import sides
 from pipeline.sync.averaging import group_mean
+from pipeline.sync.dialogue import Dialogue, locate, swap, unless_broken
 from pipeline.sync.protocol import Stateless
-from pipeline.topology import sides
 
 
 def passive_neighbours(live: Sequence[int], pipeline: int) -> tuple[int, ...]:

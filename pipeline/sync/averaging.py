@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.flows import Dialogue, average, broadcast, join
+from pipeline.sync.dialogue import Dialogue, average, broadcast, join
 
 
 def group_mean(x: Tensor, step: int, scope: str = "") -> Dialogue[Tensor]:

@@ -19,8 +19,8 @@ from math import gcd
 from torch import Tensor
 
 from pipeline.errors import GroupBroken
-from pipeline.flows import Dialogue, unless_broken
 from pipeline.sync.averaging import group_mean, leader_weights
+from pipeline.sync.dialogue import Dialogue, unless_broken
 from pipeline.sync.outer import Outer
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.flows import Dialogue, unless_broken
 from pipeline.sync.averaging import group_mean
+from pipeline.sync.dialogue import Dialogue, unless_broken
 from pipeline.sync.protocol import Stateless
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipeline.flows import Dialogue
+from pipeline.sync.dialogue import Dialogue
 
 
 class Synchroniser(Protocol):

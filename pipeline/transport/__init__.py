@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.transport.protocol import Transport, Who
 
 if TYPE_CHECKING:
+    from pipeline.cluster.world import World
     from pipeline.transport.nccl import NcclCarrier
-    from pipeline.world import World
 
 __all__ = ["Transport", "Who", "choose_transport"]
 
