@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.core.draw import mix
 from pipeline.data.plan import Key, Samples
 from pipeline.errors import UserError
-from pipeline.stage.seeding import mix
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,14 @@ DEFAULT_NAME = "my_device"
 _SHAPE = re.compile(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})")  # stages x pipelines
 
 
+class Place(NamedTuple):
+    """A worker: where it stands in the layout, and the host it runs on."""
+
+    pipeline: int
+    stage: int
+    host: str
+
+
 @dataclass(frozen=True)
 class Device:
     """A GPU or CPU of a host; `shared` says that several workers may use this GPU. `str` gives "w0:gpu3"."""

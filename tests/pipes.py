@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.draw import mix
 from pipeline.models.criterion import Classification, Criterion
 from pipeline.models.layered import LayeredModel, build_blocks, tie
 from pipeline.models.mlp import mlp
 from pipeline.schedules.program import SCHEDULES, Shape, program, updates_of
 from pipeline.stage.build import make_stage, tie_of
 from pipeline.stage.executor import Executor, Hooks
-from pipeline.stage.seeding import GENERATOR_LOCK, mix
+from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.stage import StageOptions
 from pipeline.train.state import OptimizerState, WeightsState
 

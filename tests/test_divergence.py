@@ -10,7 +10,7 @@ import pytest
 from tiny import run_here
 
 from pipeline.errors import UserError
-from pipeline.train.divergence import IN_A_ROW, LossWatch
+from pipeline.report.divergence import IN_A_ROW, LossWatch
 
 NAN, INF = math.nan, math.inf
 

@@ -18,10 +18,11 @@ from pipeline.core.actions import Op
 from pipeline.errors import UserError
 from pipeline.models.layered import build_blocks
 from pipeline.models.partition import cut_points, needs_profile
+from pipeline.placement import Place
 from pipeline.settings import Settings
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.simulation.emulation import Emulation, parse_emulate
-from pipeline.simulation.profile import Place, parse_profile
+from pipeline.simulation.profile import parse_profile
 from pipeline.simulation.straggler import EmulatedDevice, make_straggler, slowed
 from pipeline.stage.stage import StageOptions
 from pipeline.train.emulated import make_emulated

@@ -17,9 +17,10 @@ import torch
 from pipeline.core.actions import Op
 from pipeline.core.units import bytes_per_second
 from pipeline.errors import UserError
+from pipeline.placement import Place
 from pipeline.settings import Settings
 from pipeline.simulation.clocks import ExactClock
-from pipeline.simulation.profile import Place, Profile, Whom, check_places, parse_profile, parse_trace
+from pipeline.simulation.profile import Profile, Whom, check_places, parse_profile, parse_trace
 from pipeline.simulation.straggler import Straggler, make_straggler, read_profile, slowed
 from pipeline.simulation.throttled import ThrottledTransport, throttled
 from pipeline.stage.executor import Executor

@@ -20,7 +20,7 @@ from pipeline.cluster.rendezvous import Networks, choose_address, common_address
 from pipeline.cluster.world import Peer, is_oversubscribed, join_world, nccl_fails
 from pipeline.errors import PeerLost, UserError
 from pipeline.placement import load_placement
-from pipeline.report.progress import make_progress
+from pipeline.report.progress import LiveProgress, make_progress
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -277,7 +277,7 @@ def test_broken_connections_are_secondary_and_bugs_are_not() -> None:
 
 def test_progress_goes_to_the_launcher_or_to_a_terminal_or_nowhere() -> None:
     launcher = Launcher()
-    make_progress(launcher, sys.stderr).show(3, 9, "epoch 1")
+    LiveProgress(launcher)(3, 9, "epoch 1")
     assert launcher.shown == [(3, 9, "epoch 1")]
     with open(os.devnull, "w") as nowhere:
         assert type(make_progress(None, nowhere)).__name__ == "NoProgress"
@@ -305,7 +305,6 @@ def test_under_heturun_a_rank_knows_its_place_and_who_is_remote(monkeypatch: pyt
     assert (world.pipeline, world.stage, world.num_pipelines, world.num_stages) == (1, 1, 2, 2)
     assert world.hosts_of_pipeline == ["w0", "w1"] and world.remote_stages == {0}
     assert world.rows_per_stage == (1, 1) and str(world.device) == "cpu" and not world.shares_gpu
-    world.progress(1, 2, "x")
 
 
 FILES = """

@@ -18,9 +18,9 @@ from math import inf
 from typing import NamedTuple
 
 from heturun.launch.outcome import SETTLE_S, Elastic, Event, Lost, Outcome, Published, Signalled, Silent, Verdict
+from pipeline.cluster.control import STOPPED
 
 COORDINATOR = "coordinator"  # under this key it publishes its address
-STOPPED = "stopped"  # and under this one why the job has to end: too few pipelines are left
 CUT_OFF = "its host was switched off or cut off"
 LAST_CHECKPOINT_S = 60.0  # for the workers to write a checkpoint when the coordinator is lost
 END_S = 20.0  # for the other pipelines when one has ended well: they end together, but one may be frozen or starting

@@ -22,6 +22,8 @@ CONNECT_S = 20.0
 NOTED_S = 5.0  # for the launcher to confirm a failure
 PROGRESS_EVERY_S = 0.1
 
+STOPPED = "stopped"  # what is published under this says why the job has to end: too few pipelines are left
+
 
 class Control:
     """A connection to the launcher; every method may be called by any thread.

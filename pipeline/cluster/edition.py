@@ -10,8 +10,8 @@ import hashlib
 import socket
 from pathlib import Path
 
-from heturun import __version__
 from pipeline.cluster.wire import Message
+from pipeline.core.version import VERSION
 
 PACKAGES = ("heturun", "pipeline")
 DIGITS = 12
@@ -24,7 +24,7 @@ def edition(root: Path | None = None) -> str:
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         data = path.read_bytes()
         found.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode() + data)
-    return f"{__version__} (sources {found.hexdigest()[:DIGITS]})"
+    return f"{VERSION} (sources {found.hexdigest()[:DIGITS]})"
 
 
 def introduction() -> Message:

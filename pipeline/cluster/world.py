@@ -32,9 +32,7 @@ from pipeline.cluster.identity import Identity, identify, import_mpi
 from pipeline.cluster.json_exchange import broadcast_value, gather_values, gather_values_at
 from pipeline.cluster.rendezvous import Channel, Meeting, open_store, read_value
 from pipeline.errors import Forged, PeerLost, UserError
-from pipeline.placement import LOCAL, Device, Placement, gpu, load_placement
-from pipeline.report.progress import Progress, make_progress
-from pipeline.simulation.profile import Place
+from pipeline.placement import LOCAL, Device, Place, Placement, gpu, load_placement
 
 __all__ = ["World", "abort_mpi", "control_channel", "join_world", "report_failures"]
 
@@ -157,7 +155,6 @@ class World:
         self._last_row: Any = None
         self._communicator: Any = None
         self._visits: Counter[str] = Counter()
-        self._progress: Progress | None = None
 
     @property
     def is_last_stage(self) -> bool:
@@ -407,16 +404,8 @@ class World:
 
     # --- the rest
 
-    def progress(self, done: int, total: int, text: str) -> None:
-        """Shows how far the job is: through the launcher, or here if stderr is a terminal."""
-        if self._progress is None:
-            self._progress = make_progress(self.control, sys.stderr)
-        self._progress.show(done, total, text)
-
     def close(self) -> None:
         """Leaves the others, at the end of a job that went well."""
-        if self._progress is not None:
-            self._progress.close()
         if self._store is None:
             return
         self._part()

@@ -34,8 +34,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 from zmq.utils.z85 import encode as z85_encode
 
-from heturun.launch.fleet import STOPPED
-from pipeline.cluster.control import Control
+from pipeline.cluster.control import STOPPED, Control
 from pipeline.cluster.porch import raise_file_limit
 from pipeline.cluster.wire import join_address, split_address
 from pipeline.coordination.director import Director

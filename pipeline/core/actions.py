@@ -7,7 +7,7 @@ receive the gradient of micro-batch 0, backward, send the gradient on, update th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -46,6 +46,9 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op.value}{self.microbatch}"
+
+
+Handlers = dict[Op, Callable[[int], object]]  # what to do with a micro-batch, by kind of action
 
 
 _ACTION = re.compile(r"([A-Z]+)(\d+)")

@@ -21,6 +21,17 @@ def draw(*numbers: int) -> int:
     return state >> 1
 
 
+def mix(*numbers: int) -> int:
+    """One well-mixed 63-bit seed out of several integers (the finaliser of splitmix64, Steele et al., 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + _GAMMA) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
 def shuffled(items: Iterable[T], *seed: int) -> list[T]:
     """The items in an order that depends on `seed` and on their number only (Fisher and Yates)."""
     result = list(items)

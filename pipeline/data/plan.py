@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
+from pipeline.core.draw import mix
 from pipeline.data.epochs import BEGINNING, Position
 from pipeline.errors import UserError
-from pipeline.stage.seeding import mix
 
 SHARED_MEMORY = "/dev/shm"
 IN_FLIGHT = 16  # micro-batches per worker that /dev/shm shall hold: read ahead, being used, and those of other ranks

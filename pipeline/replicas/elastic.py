@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,10 @@ from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewRep
 from pipeline.replicas.mesh.mesh import Mesh
 from pipeline.replicas.mixers import Link, MixStats
 from pipeline.report.event_log import Diary
-from pipeline.settings import Settings
 from pipeline.sync import make_synchroniser
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
 
 T = TypeVar("T")
 
@@ -347,8 +349,6 @@ class ElasticWorld(World):
         return agreed
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
         if not self._joined:
             return
         self.client.bye()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,27 +19,6 @@ from pipeline.errors import PeerLost
 from pipeline.stage.weights import Slot, Weights
 
 DEFAULT_BUCKET_BYTES = 4 << 20
-
-
-class Reducer(Protocol):
-    """What the executor asks of whoever keeps the gradients of the replicas together."""
-
-    bytes_sent: int
-
-    def open(self) -> None: ...
-    def finish(self) -> None: ...
-
-
-class NoReducer:
-    """A single pipeline has nobody to agree with."""
-
-    bytes_sent = 0
-
-    def open(self) -> None:
-        return None
-
-    def finish(self) -> None:
-        return None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol, TextIO
 
 
@@ -67,3 +68,20 @@ def make_progress(control: Draws | None, stream: TextIO) -> Progress:
     if control is not None:
         return LauncherProgress(control)
     return BarProgress(stream) if stream.isatty() else NoProgress()
+
+
+class LiveProgress:
+    """Shows how far the job is, from the first call on: through the launcher, or here if stderr is a terminal."""
+
+    def __init__(self, control: Draws | None) -> None:
+        self._control = control
+        self._shown: Progress | None = None
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if self._shown is None:
+            self._shown = make_progress(self._control, sys.stderr)
+        self._shown.show(done, total, text)
+
+    def close(self) -> None:
+        if self._shown is not None:
+            self._shown.close()

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from pipeline.core.plain import finite, write_line
 from pipeline.data.epochs import Calendar
 from pipeline.models.criterion import Criterion
+from pipeline.report.divergence import LossWatch
 from pipeline.report.run_log import GROUPS, JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, group_sizes
 from pipeline.report.summary import peak_memory_bytes
-from pipeline.settings import Settings
-from pipeline.train.divergence import LossWatch
-from pipeline.train.optim import LearningRate
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
 
 
 class Progress(Protocol):
@@ -66,7 +67,7 @@ class Journal:
         criterion: Criterion,
         *,
         speaks: Callable[[], bool],
-        rate: LearningRate,
+        rate: Callable[[int], float],
         sum_over_pipelines: Callable[[dict[str, float]], dict[str, float]],
         progress: Progress,
         busy_s: Callable[[], float],

@@ -34,19 +34,12 @@ from pipeline.core.draw import draw
 from pipeline.core.outside import parse_yaml
 from pipeline.core.units import bytes_per_second
 from pipeline.errors import UserError
+from pipeline.placement import Place
 
 SLOWED = (Op.FORWARD, Op.BACKWARD)
 Read = Callable[[str], str]
 _ONE = 1 << 63  # draws are below
 _PAUSES = 0x5D31  # keeps these draws apart from others that begin with the seed
-
-
-class Place(NamedTuple):
-    """A worker: where it stands in the layout, and the host it runs on."""
-
-    pipeline: int
-    stage: int
-    host: str
 
 
 @dataclass(frozen=True, kw_only=True)

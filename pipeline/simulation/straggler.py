@@ -16,11 +16,11 @@ from typing import Protocol
 
 import torch
 
-from pipeline.core.actions import Op
+from pipeline.core.actions import Handlers, Op
 from pipeline.errors import UserError
+from pipeline.placement import Place
 from pipeline.simulation.clocks import ExactClock
-from pipeline.simulation.profile import SLOWED, Place, Profile, parse_profile
-from pipeline.stage.gpu_clock import Handlers
+from pipeline.simulation.profile import SLOWED, Profile, parse_profile
 
 RUNS_AHEAD_S = 0.01  # a host of its device, which hides what the host does between two ops
 WAS_THERE_S = 1e-4  # what comes in less time had not to be waited for

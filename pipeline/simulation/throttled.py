@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from pipeline.simulation.profile import Place, Profile
+from pipeline.placement import Place
+from pipeline.simulation.profile import Profile
 from pipeline.transport.protocol import HOST_CHANNELS, Tensors, Transport
 
 HOST = torch.device("cpu")

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeline.core.actions import Action, Op
-from pipeline.replicas.gradients import NoReducer, Reducer
+from pipeline.core.actions import Action, Handlers, Op
 from pipeline.schedules.program import Program
-from pipeline.stage.gpu_clock import GpuClock, Handlers
+from pipeline.stage.gpu_clock import GpuClock
 from pipeline.stage.stage import Stage
 from pipeline.transport.protocol import Transport
 
@@ -58,6 +57,27 @@ class Hooks:
     rate_at: Callable[[int], float] | None = None
     updated: Callable[[int], object] | None = None
     record: Record | None = None
+
+
+class Reducer(Protocol):
+    """What the executor asks of whoever keeps the gradients of the replicas together."""
+
+    bytes_sent: int
+
+    def open(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+class NoReducer:
+    """A single pipeline has nobody to agree with."""
+
+    bytes_sent = 0
+
+    def open(self) -> None:
+        return None
+
+    def finish(self) -> None:
+        return None
 
 
 class Mixer(Protocol):

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.core.actions import Action, Op
+from pipeline.core.actions import Action, Handlers, Op
 
-Handlers = dict[Op, Callable[[int], object]]  # what to do with a micro-batch, by kind of action
 COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.UPDATE)
 
 

@@ -14,19 +14,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 WATCHED = 2  # forwards of a part, before it is believed to draw nothing
-_MASK = (1 << 64) - 1
 GENERATOR_LOCK = Lock()  # torch's generators belong to the process; stages may be threads of one
-
-
-def mix(*numbers: int) -> int:
-    """One well-mixed 63-bit seed out of several integers (the finaliser of splitmix64, Steele et al., 2014)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1
 
 
 class Generator(Protocol):

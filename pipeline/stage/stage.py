@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.draw import mix
 from pipeline.models.criterion import Criterion
 from pipeline.stage.batchnorm import DeferredBatchNorm, defer_batch_norm
 from pipeline.stage.optimizer_state import momenta, reset
-from pipeline.stage.seeding import Draws, generators_of, mix
+from pipeline.stage.seeding import Draws, generators_of
 from pipeline.stage.weights import Version, Weights
 
 Tensors = tuple[Tensor, ...]

@@ -34,7 +34,6 @@ from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, PeerLost, TooF
 from pipeline.replicas.consensus import ConsensusProbe
 from pipeline.replicas.elastic import ElasticWorld
 from pipeline.replicas.flat_state import StageVector
-from pipeline.replicas.gradients import NoReducer, Reducer
 from pipeline.replicas.mixers import (
     AsynchronousMixer,
     BlockingMixer,
@@ -47,7 +46,7 @@ from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport
 from pipeline.report.training_log import ElasticJournal
 from pipeline.simulation.profile import Profile
-from pipeline.stage.executor import Executor
+from pipeline.stage.executor import Executor, NoReducer, Reducer
 from pipeline.sync import Synchroniser, make_synchroniser
 from pipeline.train.state import MixingState, Stateful, SynchroniserState
 from pipeline.train.trainer import EVEN, RunPlan, Task, Trainer
@@ -156,7 +155,7 @@ class ElasticTrainer(Trainer):
             length=self.common.batch_length,
             rate=self.rate,
             sum_over_pipelines=world.sum_over_pipelines,
-            progress=world.progress,
+            progress=self.progress,
             busy_s=lambda: self.executor.busy_s,
             device=str(world.device),
             run_name=world.agreed_name(run_name(self.settings.name, now=datetime.now())),

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.core.actions import Op
+from pipeline.core.draw import mix
 from pipeline.data.plan import Batch, Key
 from pipeline.settings import Settings
 from pipeline.simulation.clocks import SharpClock
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.simulation.emulation import Emulation, parse_emulate
 from pipeline.simulation.straggler import Waiting
-from pipeline.stage.seeding import mix
 from pipeline.train.trainer import Pace, Task
 
 STEPS = 100  # updates of an epoch unless --max-steps says

@@ -97,6 +97,7 @@ def train_rank(settings: Settings, task: Task, world: World, transport: Transpor
                 finish(trainer)
         except Fenced:  # so late that the others have ended without it
             pass
+    trainer.progress.close()
     world.close()
     trainer.archive.complain()
 

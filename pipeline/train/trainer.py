@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.cluster.world import World
-from pipeline.core.actions import Op
+from pipeline.core.actions import Handlers, Op
 from pipeline.core.trace import Recorder, shift
 from pipeline.data.epochs import BEGINNING, Calendar, Position
 from pipeline.data.plan import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
@@ -28,7 +28,8 @@ from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
 from pipeline.models.smallest import least_samples
-from pipeline.replicas.gradients import GradientReducer, NoReducer, Reducer
+from pipeline.replicas.gradients import GradientReducer
+from pipeline.report.progress import LiveProgress
 from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport, peak_memory_bytes
 from pipeline.report.training_log import Journal
@@ -39,8 +40,8 @@ from pipeline.settings import Settings
 from pipeline.simulation.profile import Profile
 from pipeline.simulation.straggler import EmulatedDevice, Straggler, Waiting, make_straggler, slowed
 from pipeline.stage.build import make_stage, tie_of
-from pipeline.stage.executor import Executor, Hooks, Tie
-from pipeline.stage.gpu_clock import GpuClock, Handlers, cuda_clock
+from pipeline.stage.executor import Executor, Hooks, NoReducer, Reducer, Tie
+from pipeline.stage.gpu_clock import GpuClock, cuda_clock
 from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.stage import Stage, StageOptions
 from pipeline.train.archive import Archive
@@ -241,6 +242,7 @@ class Trainer:
         self._end_step = self.recorder.end_step if self.clock is None else self.clock.end_step
         self.executor = self._make_executor()
         self.states = States(self._stateful())
+        self.progress = LiveProgress(world.control)
         self.journal = self._make_journal() if self.is_last else None
         self.seconds = 0.0
         self.stretches: list[tuple[float, float]] = []  # of training, between two stops
@@ -342,7 +344,7 @@ class Trainer:
             speaks=lambda: self.world.pipeline == 0,
             rate=self.rate,
             sum_over_pipelines=self.world.sum_over_pipelines,
-            progress=self.world.progress,
+            progress=self.progress,
             busy_s=lambda: self.executor.busy_s,
             device=str(self.world.device),
             run_name=run_name(self.settings.name, now=datetime.now()),

@@ -1,0 +1,3 @@
+"""The version of heturun, launcher and library alike."""
+
+VERSION = "0.1.0"
