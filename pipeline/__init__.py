@@ -48,4 +48,4 @@ class _OlderNames(MetaPathFinder, Loader):
         sys.modules[module.__name__] = import_module(self._names[module.__name__])
 
 
-sys.meta_path.append(_OlderNames(_MOVED))
+sys.meta_path.insert(0, _OlderNames(_MOVED))
