@@ -56,6 +56,7 @@ PURE = names(
     models.resnet models.smallest sync coordination.director coordination.gather coordination.groups
     coordination.membership coordination.patience coordination.replies coordination.thinning coordination.work_queue
     data.epochs data.segments simulation.emulation simulation.profile stage.batchnorm report.divergence
+    stage.loss_scaling
     """
 )
 WITHOUT_TORCH = names(

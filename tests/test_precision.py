@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 
 from pipeline.models import Block, LayeredModel, make_model
 from pipeline.stage.executor import Executor
-from pipeline.stage.stage import LossScaler, StageOptions
+from pipeline.stage.loss_scaling import LossScaler
+from pipeline.stage.stage import StageOptions
 from pipeline.transport.local import LocalTransport, local_transports
 
 Tensors = tuple[Tensor, ...]

@@ -11,8 +11,9 @@ from torch import Tensor
 from pipeline.models.mlp import mlp
 from pipeline.replicas.flat_state import StageVector
 from pipeline.stage.build import make_stage
+from pipeline.stage.loss_scaling import LossScaler
 from pipeline.stage.optimizer_state import reset, room_for
-from pipeline.stage.stage import LossScaler, Stage, StageOptions
+from pipeline.stage.stage import Stage, StageOptions
 from pipeline.sync import Synchroniser
 from pipeline.sync.local_sgd import Calendar, LocalSgd
 from pipeline.sync.outer import DiLoCo, Outer, OuterRule, SlowMo

@@ -10,9 +10,9 @@ from torch import nn
 
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel, build_blocks, locate, tie
-from pipeline.stage.executor import Tie
 from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.stage import BlockModule, OptimizerFactory, Stage, StageOptions
+from pipeline.stage.tied import Tie
 
 
 def bounds(counts: Sequence[int], stage: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from pipeline.core.actions import Action, Handlers, Op
 from pipeline.schedules.program import Program
 from pipeline.stage.gpu_clock import GpuClock
 from pipeline.stage.stage import Stage
+from pipeline.stage.tied import Tie
 from pipeline.transport.protocol import Transport
 
 Tensors = tuple[Tensor, ...]
@@ -30,16 +31,6 @@ Targets = Callable[[int], tuple[Tensors, Any]]
 Record = Callable[[Action, float, float], object]
 
 LOOK_AHEAD = 6  # actions; a receive that far ahead is posted now
-
-
-@dataclass(frozen=True)
-class Tie:
-    """A parameter that two stages share: who owns it, who borrows it, under which names."""
-
-    owner: int
-    borrower: int
-    owner_name: str
-    borrower_name: str
 
 
 @dataclass(kw_only=True)

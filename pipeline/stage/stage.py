@@ -8,7 +8,7 @@ update(lr)                            applies them to the newest weights
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from pipeline.core.draw import mix
 from pipeline.models.criterion import Criterion
 from pipeline.stage.batchnorm import DeferredBatchNorm, defer_batch_norm
+from pipeline.stage.loss_scaling import LossScaler
 from pipeline.stage.optimizer_state import momenta, reset
 from pipeline.stage.seeding import Draws, generators_of
+from pipeline.stage.tied import borrow
 from pipeline.stage.weights import Version, Weights
 
 Tensors = tuple[Tensor, ...]
@@ -73,45 +75,6 @@ class _InFlight:
     version: Version
     targets: Tensors = ()
     counts: Any = None
-
-
-@dataclass
-class Borrowed:
-    """A parameter whose owner is another stage: the copy in use here, and its gradient since the last update."""
-
-    name: str
-    owner_name: str
-    homes: list[tuple[nn.Module, str]]
-    leaf: nn.Parameter
-    gradient: Tensor | None = None
-
-    def receive(self, value: Tensor) -> None:
-        """Uses the owner's new version from the next forward on."""
-        self.leaf = nn.Parameter(value)
-        for module, name in self.homes:
-            module._parameters[name] = self.leaf
-
-    def take_gradient(self) -> Tensor:
-        gradient, self.gradient = self.gradient, None
-        return torch.zeros_like(self.leaf) if gradient is None else gradient
-
-
-@dataclass
-class LossScaler:
-    """Dynamic loss scaling for float16 (Micikevicius et al., 2018, section 3.2); every stage keeps an equal one."""
-
-    scale: float = 1.0
-    growth_interval: int = 2000
-    good_steps: int = 0
-
-    def update(self, finite: bool) -> None:
-        """Halves the scale after an overflow, doubles it after `growth_interval` updates without one."""
-        if not finite:
-            self.scale, self.good_steps = max(self.scale / 2, 1.0), 0
-            return
-        self.good_steps += 1
-        if self.good_steps == self.growth_interval:
-            self.scale, self.good_steps = self.scale * 2, 0
 
 
 @dataclass
@@ -177,7 +140,7 @@ class Stage:
         self.device, self.criterion, self.first = device, criterion, first
         self.blocks = [_prepared(block, self.options) for block in blocks]
         self.modules = [(block.prefix, block.module) for block in self.blocks]
-        self.borrowed = _borrow(self.modules, borrowed or {})
+        self.borrowed = borrow(self.modules, borrowed or {})
         self._aliases = aliases | frozenset(borrowed or {})
         self.weights = Weights(self.modules, exclude=frozenset(borrowed or {}))
         self._groups = _decay_groups(self.weights, self.options.decay_norm_and_bias)
@@ -497,17 +460,6 @@ def _compiler(backend: str) -> Callable[[nn.Module], Callable[..., Any]]:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_VARIANTS)
     return partial(torch.compile, dynamic=False, backend=backend)
-
-
-def _borrow(modules: Iterable[tuple[str, nn.Module]], borrowed: dict[str, str]) -> list[Borrowed]:
-    loans: dict[str, Borrowed] = {}
-    for prefix, module in modules:
-        for path, child in module.named_modules():
-            for local, parameter in child._parameters.items():
-                name = f"{prefix}{path}.{local}" if path else f"{prefix}{local}"
-                if name in borrowed and parameter is not None:
-                    loans[name] = Borrowed(name, borrowed[name], [(child, local)], parameter)
-    return list(loans.values())
 
 
 def _decay_groups(weights: Weights, decay_norm_and_bias: bool) -> list[dict[str, Any]]:

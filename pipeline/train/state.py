@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pipeline.replicas.flat_state import StageVector
+from pipeline.stage.loss_scaling import LossScaler
 from pipeline.stage.optimizer_state import room_for, state_keys
-from pipeline.stage.stage import LossScaler, Stage
+from pipeline.stage.stage import Stage
 from pipeline.sync.protocol import Synchroniser
 
 Shapes = Mapping[str, torch.Size]

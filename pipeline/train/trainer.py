@@ -40,10 +40,11 @@ from pipeline.settings import Settings
 from pipeline.simulation.profile import Profile
 from pipeline.simulation.straggler import EmulatedDevice, Straggler, Waiting, make_straggler, slowed
 from pipeline.stage.build import make_stage, tie_of
-from pipeline.stage.executor import Executor, Hooks, NoReducer, Reducer, Tie
+from pipeline.stage.executor import Executor, Hooks, NoReducer, Reducer
 from pipeline.stage.gpu_clock import GpuClock, cuda_clock
 from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.stage import Stage, StageOptions
+from pipeline.stage.tied import Tie
 from pipeline.train.archive import Archive
 from pipeline.train.optim import LearningRate, make_learning_rate, optimizer_of, scaled
 from pipeline.train.resuming import Begun, modern, what_must_stay
