@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.draw import mix
-from pipeline.data.plan import Key, Samples
+from pipeline.data.loader import Key, Samples
 from pipeline.errors import UserError
 
 

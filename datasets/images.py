@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets.augment import Image, Step
 from datasets.base import epoch_and_index, generator_for
-from pipeline.data.plan import Key
+from pipeline.data.loader import Key
 
 
 @dataclass(frozen=True, eq=False)

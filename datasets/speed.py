@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from datasets.base import Split
-from pipeline.data.plan import Batch, Key, MicrobatchFeed, Plan, Samples
+from pipeline.data.loader import Batch, Key, MicrobatchFeed, Samples
+from pipeline.data.plan import Plan
 
 
 def test_io(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets.base import Labels, Options, Split, Splits, epoch_and_index, generator_for
-from pipeline.data.plan import Key
+from pipeline.data.loader import Key
 from pipeline.errors import UserError
 
 IGNORE = -1  # the label of a token that is not to be predicted, as in datasets/wiki.py

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.base import Options, Split, Splits, epoch_and_index, given_folder
-from pipeline.data.plan import Key
+from pipeline.data.loader import Key
 from pipeline.errors import UserError
 
 IGNORE = -1  # the label of a token that is not to be predicted

@@ -19,7 +19,8 @@ from datasets.augment import PadAndCrop, RandomFlip, RandomResizedCrop, RandomRo
 from datasets.base import Split, generator_for
 from datasets.cifar import CIFAR10, CIFAR100, Variant
 from datasets.pictures import read_rgb, to_rgb
-from pipeline.data.plan import MicrobatchFeed, Plan
+from pipeline.data.loader import MicrobatchFeed
+from pipeline.data.plan import Plan
 from pipeline.errors import UserError
 
 Maker = Callable[[Path], dict[str, Any]]

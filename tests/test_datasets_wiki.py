@@ -16,7 +16,8 @@ import torch
 import datasets
 from datasets.synthetic import CLS, FIRST_WORD, MASK, SEP
 from datasets.wiki import IGNORE, KEYS, Shards, WikiInputs
-from pipeline.data.plan import MicrobatchFeed, Plan, ValidationPlan
+from pipeline.data.loader import MicrobatchFeed
+from pipeline.data.plan import Plan, ValidationPlan
 from pipeline.errors import UserError
 
 LENGTH, PREDICTIONS, VOCABULARY = 16, 4, 100

@@ -20,15 +20,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.data.plan import (
-    Key,
-    MicrobatchFeed,
-    Plan,
-    ValidationPlan,
-    epoch_order,
-    shard,
-    shared_memory_serves,
-)
+from pipeline.data.loader import Key, MicrobatchFeed, shared_memory_serves
+from pipeline.data.plan import Plan, ValidationPlan, epoch_order, shard
 from pipeline.errors import UserError
 
 
@@ -310,7 +303,8 @@ def test_a_temporary_folder_whose_path_no_socket_can_have_changes_nothing(
 
 READ_LARGE = """
 import torch
-from pipeline.data.plan import MicrobatchFeed, ValidationPlan
+from pipeline.data.loader import MicrobatchFeed
+from pipeline.data.plan import ValidationPlan
 class Large:
     def __len__(self): return 8
     def __getitem__(self, key): return (torch.full((1 << 18,), float(key[1])),)
@@ -331,7 +325,8 @@ def test_a_shared_memory_smaller_than_a_microbatch_changes_nothing() -> None:
 
 KILL_A_WORKER = """
 import multiprocessing, os, signal
-from pipeline.data.plan import MicrobatchFeed, Plan
+from pipeline.data.loader import MicrobatchFeed
+from pipeline.data.plan import Plan
 from test_feed import Numbers
 if __name__ == "__main__":
     reading = iter(MicrobatchFeed(Numbers(100), Plan(size=100, batch_size=2), workers=1))

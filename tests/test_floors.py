@@ -55,7 +55,7 @@ PURE = names(
     models.costs models.partition models.bert models.bert_config models.criterion models.layered models.mlp
     models.resnet models.smallest sync coordination.director coordination.gather coordination.groups
     coordination.membership coordination.patience coordination.replies coordination.thinning coordination.work_queue
-    data.epochs data.segments simulation.emulation simulation.profile stage.batchnorm report.divergence
+    data.epochs data.plan simulation.emulation simulation.profile stage.batchnorm report.divergence
     stage.loss_scaling
     """
 )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.epochs import Calendar
+from pipeline.data.epochs import Calendar, Segments
 from pipeline.data.plan import Plan, epoch_order
-from pipeline.data.segments import Segments
 from pipeline.schedules.program import Shape
 
 

@@ -26,9 +26,8 @@ from torch import Tensor
 from pipeline.coordination.client import JobOver
 from pipeline.coordination.patience import Patience
 from pipeline.data.dynamic_batches import TicketBook, TicketFeed, TicketPlan
-from pipeline.data.epochs import Position
+from pipeline.data.epochs import Position, Segments
 from pipeline.data.plan import Plan
-from pipeline.data.segments import Segments
 from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, PeerLost, TooFewReplicas
 from pipeline.replicas.consensus import ConsensusProbe

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.actions import Op
 from pipeline.core.draw import mix
-from pipeline.data.plan import Batch, Key
+from pipeline.data.loader import Batch, Key
 from pipeline.settings import Settings
 from pipeline.simulation.clocks import SharpClock
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples

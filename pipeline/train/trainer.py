@@ -23,7 +23,8 @@ from pipeline.cluster.world import World
 from pipeline.core.actions import Handlers, Op
 from pipeline.core.trace import Recorder, shift
 from pipeline.data.epochs import BEGINNING, Calendar, Position
-from pipeline.data.plan import Microbatches, MicrobatchFeed, Plan, Samples, ValidationPlan
+from pipeline.data.loader import Microbatches, MicrobatchFeed, Samples
+from pipeline.data.plan import Plan, ValidationPlan
 from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.models.criterion import Criterion
 from pipeline.models.layered import LayeredModel
