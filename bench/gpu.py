@@ -39,7 +39,8 @@ from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.models import build_blocks, build_whole, make_model, tie
 from pipeline.models.criterion import BertPretraining, Classification, Criterion
 from pipeline.models.layered import LayeredModel
-from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, program
 from pipeline.stage.build import make_stage, tie_of
 from pipeline.stage.executor import Executor, Hooks
 from pipeline.stage.gpu_clock import cuda_clock

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.models import make_model
 from pipeline.models.layered import LayeredModel, build_blocks
-from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, program
 from pipeline.stage.build import bounds, make_stage
 from pipeline.stage.executor import Executor, Hooks
 from pipeline.transport import Who

@@ -16,7 +16,8 @@ from pipeline.core.draw import mix
 from pipeline.models.criterion import Classification, Criterion
 from pipeline.models.layered import LayeredModel, build_blocks, tie
 from pipeline.models.mlp import mlp
-from pipeline.schedules.program import SCHEDULES, Shape, program, updates_of
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, program, updates_of
 from pipeline.stage.build import make_stage, tie_of
 from pipeline.stage.executor import Executor, Hooks
 from pipeline.stage.seeding import GENERATOR_LOCK

@@ -13,7 +13,8 @@ import torch
 from test_equivalence import bert_job
 from torch import Tensor
 
-from pipeline.schedules.program import SCHEDULES, Shape, edges, forward_only
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, edges, forward_only
 from pipeline.stage.executor import Executor
 from pipeline.stage.stage import StageOptions
 from pipeline.transport.local import LocalTransport, local_transports

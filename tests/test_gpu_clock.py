@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.core.actions import Action, Op, parse
 from pipeline.core.trace import Recorder, bubble_fraction
-from pipeline.schedules.program import SCHEDULES, Shape, forward_only, program
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, forward_only, program
 from pipeline.stage.build import make_stage
 from pipeline.stage.executor import Executor, Hooks
 from pipeline.stage.gpu_clock import GpuClock

@@ -18,7 +18,9 @@ from pipeline.coordination.work_queue import Shares
 from pipeline.core.actions import Op
 from pipeline.core.draw import draw
 from pipeline.errors import UserError
-from pipeline.schedules.program import SCHEDULES, Shape, updates_of, with_mixing
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.passes import with_mixing
+from pipeline.schedules.program import Shape, updates_of
 
 # --- single decisions
 

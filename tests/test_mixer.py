@@ -20,7 +20,8 @@ from pipeline.coordination.client import Group
 from pipeline.errors import Fenced, GroupBroken
 from pipeline.replicas.flat_state import StageVector
 from pipeline.replicas.mixers import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer, mean_of
-from pipeline.schedules.program import SCHEDULES, Shape, program
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, program
 from pipeline.stage.build import make_stage
 from pipeline.stage.executor import Executor, Hooks
 from pipeline.stage.stage import Stage

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.actions import Action, Op, parse, render
 from pipeline.errors import UserError
-from pipeline.schedules.program import (
-    SCHEDULES,
-    Shape,
-    compute_order,
-    edges,
-    find_schedule,
-    peak_versions,
-    program,
-    updates_of,
-)
+from pipeline.schedules.orders import SCHEDULES, compute_order, find_schedule
+from pipeline.schedules.program import Shape, edges, peak_versions, program, updates_of
 
 
 def order(name: str, stage: int, stages: int, microbatches: int, count: int) -> str:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.actions import Action, Op, parse
-from pipeline.schedules.program import SCHEDULES, Shape, forward_only, program
+from pipeline.schedules.orders import SCHEDULES
+from pipeline.schedules.program import Shape, forward_only, program
 from pipeline.schedules.simulate import DeadlockError, simulate, validate
 
 COSTS = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0}

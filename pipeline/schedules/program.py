@@ -1,213 +1,27 @@
-"""Schedules: the order in which a stage works on its micro-batches, and the passes that turn it into a program.
+"""Programs: everything that a stage does, in order, made of a schedule's order by passes over it.
 
-There is one schedule with one dial. At most `window` micro-batches stand between their forward and their backward:
+    orders      F0 B0 F1 B1                                      which micro-batch when
+    passes      RA0 L0 F0 B0 SG0 U0 RA1 L1 F1 B1 SG1 U1          updates, transfers, and what else the job's shape asks
 
-    window 4 (GPipe, 4 micro-batches)   F0 F1 F2 F3 B0 B1 B2 B3
-    window 2 (1F1B, stage 2 of 4)       F0 F1 B0 F2 B1 F3 B2 B3
-    window 1 (the last stage)           F0 B0 F1 B1 F2 B2 F3 B3
-
-GPipe (Huang et al., 2019) is `window = M`; 1F1B is `window = stages - stage`; PipeDream (Narayanan et al., SOSP 2019)
-is 1F1B over a feed that does not end at a batch, with an update after every backward. Passes add the rest: updates,
-the sum over replicas, transfers to the neighbours, the norm of the gradient, parameters tied across stages.
+What is read off programs stands here too: who sends to whom, and how many versions of the weights there are.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from pipeline.core.actions import Action, Op
-from pipeline.errors import UserError
-
-Program = Iterator[Action]
-Window = Callable[[int, int, int], int]  # (stage, stages, microbatches of a batch) -> micro-batches in flight
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A named schedule: its window, and whether the pipe runs empty at the end of every batch."""
-
-    name: str
-    window: Window
-    flushes: bool
-    doc: str
-
-
-SCHEDULES: dict[str, Schedule] = {
-    "gpipe": Schedule("gpipe", lambda stage, stages, m: m, True, "all forwards of a batch, then all backwards"),
-    "1f1b": Schedule("1f1b", lambda stage, stages, m: min(stages - stage, m), True, "backwards start early"),
-    "pipedream": Schedule(
-        "pipedream", lambda stage, stages, m: stages - stage, False, "never empty: stale weights, stashed"
-    ),
-    "dp": Schedule("dp", lambda stage, stages, m: 1, True, "no pipeline: replicas of the whole model"),
-}
-
-
-def find_schedule(name: str) -> Schedule:
-    """The schedule called `name`.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if name not in SCHEDULES:
-        raise UserError(f"unknown schedule {name!r}; choose from {list(SCHEDULES)}")
-    return SCHEDULES[name]
-
-
-def compute_order(feed: Iterable[int], window: int) -> Program:
-    """Forwards and backwards with at most `window` micro-batches between them; backwards first in, first out."""
-    pending: deque[int] = deque()
-    for microbatch in feed:
-        yield Action(Op.FORWARD, microbatch)
-        pending.append(microbatch)
-        if len(pending) == window:
-            yield Action(Op.BACKWARD, pending.popleft())
-    while pending:
-        yield Action(Op.BACKWARD, pending.popleft())
-
-
-def flushed(feed: Iterable[int], window: int, batch: int) -> Program:
-    """`compute_order` of one batch of `batch` micro-batches after the other: the pipe runs empty in between."""
-    numbers = iter(feed)
-    while chunk := list(islice(numbers, batch)):
-        yield from compute_order(chunk, window)
-
-
-def with_updates(order: Iterable[Action], ends_update: Callable[[int], bool]) -> Program:
-    """Adds an update after the backward of every micro-batch that ends one, and at the end if some are left over."""
-    left = -1
-    for action in order:
-        yield action
-        if action.op is Op.BACKWARD:
-            left = action.microbatch
-            if ends_update(left):
-                yield Action(Op.UPDATE, left)
-                left = -1
-    if left >= 0:
-        yield Action(Op.UPDATE, left)
-
-
-def with_reduce(order: Iterable[Action]) -> Program:
-    """Sums gradients over the replicas before every update; opens the reduction at the backward before it.
-
-    Opening early lets finished buckets travel while the rest of that backward is still computed.
-    """
-    held: list[Action] = []  # the last backward seen and what follows it
-    for action in order:
-        if action.op is Op.UPDATE:
-            yield Action(Op.OPEN_REDUCE, action.microbatch)
-            yield from held
-            yield Action(Op.REDUCE, action.microbatch)
-            yield action
-            held = []
-        elif action.op is Op.BACKWARD:
-            yield from held
-            held = [action]
-        elif held:
-            held.append(action)
-        else:
-            yield action
-    yield from held
-
-
-def with_mixing(order: Iterable[Action]) -> Program:
-    """Mixes weights with other replicas after every update; asks for partners before the backward that leads to it.
-
-    RG5 B5 SG5 U5  ->  RG5 J5 B5 SG5 U5 W5 X5
-
-    The last pass: who asks has all that the backward needs, so that partners wait for arithmetic only.
-    """
-    held: list[Action] = []  # the last backward seen and what follows it
-    for action in order:
-        if action.op is Op.BACKWARD:
-            yield from held
-            held = [action]
-        elif action.op is Op.UPDATE:
-            microbatch = action.microbatch
-            yield Action(Op.JOIN, microbatch)
-            yield from held
-            yield action
-            yield Action(Op.WAIT, microbatch)
-            yield Action(Op.MIX, microbatch)
-            held = []
-        elif held:
-            held.append(action)
-        else:
-            yield action
-    yield from held
-
-
-def with_norm(order: Iterable[Action]) -> Program:
-    """Agrees on the norm of the whole gradient before every update."""
-    for action in order:
-        if action.op is Op.UPDATE:
-            yield Action(Op.NORM, action.microbatch)
-        yield action
-
-
-def with_transfers(order: Iterable[Action], stage: int, stages: int) -> Program:
-    """Adds loading, receiving and sending around forwards and backwards."""
-    first, last = stage == 0, stage == stages - 1
-    for action in order:
-        op, microbatch = action
-        if op is Op.FORWARD:
-            if not first:
-                yield Action(Op.RECV_ACTIVATION, microbatch)
-            if first or last:
-                yield Action(Op.LOAD, microbatch)
-            yield action
-            if not last:
-                yield Action(Op.SEND_ACTIVATION, microbatch)
-        elif op is Op.BACKWARD:
-            if not last:
-                yield Action(Op.RECV_GRADIENT, microbatch)
-            yield action
-            if not first:
-                yield Action(Op.SEND_GRADIENT, microbatch)
-        else:
-            yield action
-
-
-def with_owned_weights(order: Iterable[Action]) -> Program:
-    """The owner of a parameter that another stage borrows: takes in its gradient, hands out every new version."""
-    for action in order:
-        if action.op is Op.UPDATE:
-            yield Action(Op.RECV_TIED_GRADIENT, action.microbatch)
-        yield action
-        if action.op is Op.UPDATE:
-            yield Action(Op.SEND_TIED_WEIGHT, action.microbatch)
-
-
-def with_borrowed_weights(order: Iterable[Action], owner: Iterable[Action]) -> Program:
-    """The borrower: sends its gradient at every update, and forwards with the version the owner forwarded with.
-
-    `owner` is the owner's own order; counting its updates before each of its forwards tells which version that is.
-    """
-    forwards = _updates_before_each_forward(owner)
-    taken = 0
-    updates: list[int] = []
-    for action in order:
-        if action.op is Op.FORWARD:
-            for _ in range(next(forwards) - taken):
-                yield Action(Op.RECV_TIED_WEIGHT, updates[taken])
-                taken += 1
-        if action.op is Op.UPDATE:
-            yield Action(Op.SEND_TIED_GRADIENT, action.microbatch)
-            updates.append(action.microbatch)
-        yield action
-    for microbatch in updates[taken:]:
-        yield Action(Op.RECV_TIED_WEIGHT, microbatch)
-
-
-def _updates_before_each_forward(order: Iterable[Action]) -> Iterator[int]:
-    updates = 0
-    for action in order:
-        if action.op is Op.UPDATE:
-            updates += 1
-        elif action.op is Op.FORWARD:
-            yield updates
+from pipeline.schedules.orders import Program, Schedule, compute_order, flushed
+from pipeline.schedules.passes import (
+    with_borrowed_weights,
+    with_mixing,
+    with_norm,
+    with_owned_weights,
+    with_reduce,
+    with_transfers,
+    with_updates,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +70,7 @@ def program(schedule: Schedule, shape: Shape, stage: int, feed: Iterable[int]) -
     `feed` may be endless, or end where nobody knew beforehand; it must be iterable more than once.
 
     >>> from pipeline.core.actions import render
+    >>> from pipeline.schedules.orders import SCHEDULES
     >>> render(program(SCHEDULES["pipedream"], Shape(stages=2), 1, range(2)))
     'RA0 L0 F0 B0 SG0 U0 RA1 L1 F1 B1 SG1 U1'
     """

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from pipeline.core.actions import Action, Op
 from pipeline.core.trace import Span
-from pipeline.schedules.program import Program, Schedule, Shape, program
+from pipeline.schedules.orders import Program, Schedule
+from pipeline.schedules.program import Shape, program
 
 Place = tuple[int, int]  # (pipeline, stage)
 Cost = Callable[[int, int, Action], float]  # (pipeline, stage, action) -> seconds

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.core.actions import Action, Handlers, Op
-from pipeline.schedules.program import Program
+from pipeline.schedules.orders import Program
 from pipeline.stage.gpu_clock import GpuClock
 from pipeline.stage.stage import Stage
 from pipeline.stage.tied import Tie

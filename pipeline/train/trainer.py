@@ -35,7 +35,8 @@ from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport, peak_memory_bytes
 from pipeline.report.training_log import Journal
 from pipeline.schedules import program as schedules
-from pipeline.schedules.program import Schedule, Shape, find_schedule
+from pipeline.schedules.orders import Schedule, find_schedule
+from pipeline.schedules.program import Shape
 from pipeline.schedules.simulate import validate
 from pipeline.settings import Settings
 from pipeline.simulation.profile import Profile
