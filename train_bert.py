@@ -19,8 +19,8 @@ from pipeline.models import make_model
 from pipeline.models.bert_config import read_shape
 from pipeline.models.criterion import BertPretraining
 from pipeline.train.emulated import make_emulated
+from pipeline.train.plan import Task
 from pipeline.train.run import deadline, say_on_rank_zero, train, use_threads
-from pipeline.train.trainer import Task
 
 
 def check_vocabulary(path: str, size: int) -> None:

@@ -16,8 +16,8 @@ from pipeline.cluster.world import join_world, report_failures
 from pipeline.models import make_model
 from pipeline.models.criterion import Classification
 from pipeline.train.emulated import make_emulated
+from pipeline.train.plan import Task
 from pipeline.train.run import deadline, say_on_rank_zero, train, use_threads
-from pipeline.train.trainer import Task
 
 SMALL = 64  # pixels; a stem for images up to this side does not shrink them
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pipeline.compat.local_sgd import get_distributed_optimizer as get_distributed_optimizer
 
 _ELSEWHERE = {"get_distributed_optimizer": "pipeline.compat.local_sgd"}
-# What training scripts import by an older name: train_resnet.py has been copied.
+# What training scripts import by an older name, and where it is now: train_resnet.py has been copied.
 _MOVED = {
-    "pipeline.emulated_task": "pipeline.train.emulated",
-    "pipeline.job": "pipeline.train.run",
-    "pipeline.training": "pipeline.train.trainer",
-    "pipeline.world": "pipeline.cluster.world",
+    "pipeline.emulated_task": ("pipeline.train.emulated",),
+    "pipeline.job": ("pipeline.train.run",),
+    "pipeline.training": ("pipeline.train.trainer", "pipeline.train.plan"),
+    "pipeline.world": ("pipeline.cluster.world",),
 }
 
 
@@ -34,18 +34,23 @@ def __getattr__(name: str) -> Any:
 
 
 class _OlderNames(MetaPathFinder, Loader):
-    """Under an older name the very same module is imported as under its own."""
+    """Under an older name the very same things are imported as under their own: a module, or what several define."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
+    def __init__(self, homes: Mapping[str, Sequence[str]]) -> None:
+        self._homes = homes
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in self._names else None
+        return ModuleSpec(fullname, self) if fullname in self._homes else None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = import_module(self._names[module.__name__])
+        homes = [import_module(home) for home in self._homes[module.__name__]]
+        if len(homes) == 1:
+            sys.modules[module.__name__] = homes[0]
+            return
+        for home in homes:
+            vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
 
 
 sys.meta_path.insert(0, _OlderNames(_MOVED))

@@ -18,8 +18,8 @@ from pipeline.cluster.world import join_world, report_failures
 from pipeline.models.criterion import Classification
 from pipeline.models.mlp import mlp
 from pipeline.settings import Settings
+from pipeline.train.plan import Task
 from pipeline.train.run import deadline, train
-from pipeline.train.trainer import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 

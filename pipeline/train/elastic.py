@@ -47,8 +47,9 @@ from pipeline.report.training_log import ElasticJournal
 from pipeline.simulation.profile import Profile
 from pipeline.stage.executor import Executor, NoReducer, Reducer
 from pipeline.sync import Synchroniser, make_synchroniser
+from pipeline.train.plan import EVEN, RunPlan, Task
 from pipeline.train.state import MixingState, Stateful, SynchroniserState
-from pipeline.train.trainer import EVEN, RunPlan, Task, Trainer
+from pipeline.train.trainer import Trainer
 from pipeline.transport.protocol import Transport
 
 

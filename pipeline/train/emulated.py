@@ -16,7 +16,7 @@ from pipeline.simulation.clocks import SharpClock
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.simulation.emulation import Emulation, parse_emulate
 from pipeline.simulation.straggler import Waiting
-from pipeline.train.trainer import Pace, Task
+from pipeline.train.plan import Pace, Task
 
 STEPS = 100  # updates of an epoch unless --max-steps says
 

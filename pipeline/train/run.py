@@ -38,9 +38,10 @@ from pipeline.simulation.throttled import throttled
 from pipeline.train.elastic import ElasticTrainer
 from pipeline.train.optim import scaled
 from pipeline.train.outputs import Output, outputs_of, rescue_weights, try_outputs
+from pipeline.train.plan import AMP, EVEN, RunPlan, Task, plan_run
 from pipeline.train.resuming import Begun, find_begun
 from pipeline.train.threads import run_threads
-from pipeline.train.trainer import AMP, EVEN, RunPlan, Task, Trainer, plan_run
+from pipeline.train.trainer import Trainer
 from pipeline.transport import choose_transport
 from pipeline.transport.protocol import Transport
 

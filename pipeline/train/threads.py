@@ -17,7 +17,7 @@ from pipeline.cluster.world import World
 from pipeline.errors import Fenced, GroupBroken, TooFewReplicas, UserError
 from pipeline.replicas.elastic import ElasticWorld
 from pipeline.settings import Settings
-from pipeline.train.trainer import Task
+from pipeline.train.plan import Task
 from pipeline.transport.local import local_transports
 from pipeline.transport.protocol import Transport
 

@@ -8,53 +8,42 @@ interrupted, across epochs too. Every rank runs the same code; what it prints de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 from time import perf_counter, time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.cluster.world import World
-from pipeline.core.actions import Handlers, Op
+from pipeline.core.actions import Handlers
 from pipeline.core.trace import Recorder, shift
-from pipeline.data.epochs import BEGINNING, Calendar, Position
+from pipeline.data.epochs import Position
 from pipeline.data.loader import Microbatches, MicrobatchFeed, Samples
-from pipeline.data.plan import Plan, ValidationPlan
+from pipeline.data.plan import ValidationPlan
 from pipeline.data.supply import InputSupply, TargetSupply
-from pipeline.models.criterion import Criterion
-from pipeline.models.layered import LayeredModel
-from pipeline.models.smallest import least_samples
 from pipeline.replicas.gradients import GradientReducer
 from pipeline.report.progress import LiveProgress
 from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport, peak_memory_bytes
 from pipeline.report.training_log import Journal
 from pipeline.schedules import program as schedules
-from pipeline.schedules.orders import Schedule, find_schedule
-from pipeline.schedules.program import Shape
-from pipeline.schedules.simulate import validate
-from pipeline.settings import Settings
 from pipeline.simulation.profile import Profile
-from pipeline.simulation.straggler import EmulatedDevice, Straggler, Waiting, make_straggler, slowed
-from pipeline.stage.build import make_stage, tie_of
+from pipeline.simulation.straggler import EmulatedDevice, Straggler, make_straggler, slowed
+from pipeline.stage.build import make_stage
 from pipeline.stage.executor import Executor, Hooks, NoReducer, Reducer
 from pipeline.stage.gpu_clock import GpuClock, cuda_clock
-from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.stage import Stage, StageOptions
-from pipeline.stage.tied import Tie
 from pipeline.train.archive import Archive
 from pipeline.train.optim import LearningRate, make_learning_rate, optimizer_of, scaled
+from pipeline.train.plan import AMP, EVEN, RunPlan, Task, data_plan
 from pipeline.train.resuming import Begun, modern, what_must_stay
 from pipeline.train.state import LossScaleState, OptimizerState, Stateful, States, UpdatesState, WeightsState
+from pipeline.train.validation import run_validation, validation_hooks
 from pipeline.transport.protocol import Transport
-
-EVEN = Profile()  # nobody is slowed down
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _slowed_down(handlers: Handlers, *, device: EmulatedDevice | None, straggler: Straggler | None) -> Handlers:
@@ -64,149 +53,11 @@ def _slowed_down(handlers: Handlers, *, device: EmulatedDevice | None, straggler
     return handlers if straggler is None else slowed(handlers, straggler)
 
 
-class Split(Protocol):
-    """What `datasets` gives to train or validate on: inputs and targets apart, so that a stage reads only its own."""
-
-    @property
-    def inputs(self) -> Samples: ...
-    @property
-    def targets(self) -> Samples: ...
-    @property
-    def size(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long forwards and backwards last at least, in seconds, by whose clock: an emulation."""
-
-    seconds: Mapping[Op, float]
-    clock: Waiting
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is trained on what: the model as blocks, its loss, and the data; and how fast, if it is emulated."""
-
-    model: LayeredModel
-    criterion: Criterion
-    train: Split
-    val: Split | None
-    pace: Pace | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """Everything that follows from the settings and is the same on every rank."""
-
-    settings: Settings
-    counts: tuple[int, ...]  # blocks per stage
-    schedule: Schedule
-    shape: Shape
-    calendar: Calendar
-    tie: Tie | None
-    least: int = 1  # samples in a micro-batch
-    begun: Begun | None = None  # where it goes on from
-
-    @property
-    def position(self) -> Position:
-        """Where the run begins in the data."""
-        return BEGINNING if self.begun is None else self.begun.position
-
-    @property
-    def microbatches(self) -> int:
-        return self.shape.microbatches
-
-
-def plan_run(
-    settings: Settings,
-    task: Task,
-    counts: tuple[int, ...],
-    *,
-    pipelines: int,
-    say: Callable[[str], None],
-    elastic: bool = False,
-    begun: Begun | None = None,
-) -> RunPlan:
-    """Settles the run and proves, before anything is started, that its programs fit together.
-
-    `elastic`: how many batches a pipeline does is not known beforehand, and replicas mix weights after updates.
-    `begun`: the run that is gone on with.
-
-    Raises:
-        UserError: settings that contradict each other or the data.
-        DeadlockError: programs that would wait for each other for ever.
-    """
-    position = BEGINNING if begun is None else begun.position
-    with GENERATOR_LOCK:  # blocks are built for a look at them
-        tie = tie_of(task.model, counts)
-        least = least_in_microbatch(settings, task, pipelines=pipelines)
-    data = data_plan(settings, task.train.size, pipelines=pipelines, pipeline=0, least=least, begun=position)
-    if data.left_out:
-        say(data.left_out)
-    calendar = Calendar(
-        batches_per_epoch=data.batches_per_epoch,
-        epochs=settings.epochs,
-        accumulate=settings.accumulate,
-        max_updates=settings.max_steps,
-        validate_every=settings.validate_every if task.val is not None else 0,
-        checkpoint_every=settings.checkpoint_every if settings.checkpoint else None,
-        start=data.first_batch,
-        made=0 if begun is None else begun.updates,
-    )
-    shape = Shape(
-        stages=len(counts),
-        microbatches=settings.num_microbatches,
-        accumulate=settings.accumulate,
-        batches_per_epoch=None if elastic else data.batches_per_epoch,
-        first=calendar.start,
-        replicas=1 if elastic and settings.elastic else pipelines,
-        mixing=elastic and settings.elastic,
-        norm=settings.clip_grad_norm is not None or settings.amp == "fp16",
-        tie=(tie.owner, tie.borrower) if tie else None,
-    )
-    schedule = find_schedule(settings.pipeline)
-    validate(schedule, shape, (calendar.total_batches - calendar.start) * settings.num_microbatches)
-    if shape.norm and not schedule.flushes and shape.stages > 1:
-        say(f"--pipeline {schedule.name} agrees on a norm at every update: stages wait for each other")
-    return RunPlan(
-        settings=settings,
-        counts=counts,
-        schedule=schedule,
-        shape=shape,
-        calendar=calendar,
-        tie=tie,
-        least=least,
-        begun=begun,
-    )
-
-
 def other_threads(was: int, now: int) -> str:
     """What is said when a checkpoint is resumed with another number of threads: sums are then rounded otherwise."""
     return (
         f"the checkpoint was written with {was} thread(s) a process, this run has {now}: they agree up to rounding, "
         f"not bit for bit; set OMP_NUM_THREADS={was} for that"
-    )
-
-
-def least_in_microbatch(settings: Settings, task: Task, *, pipelines: int) -> int:
-    """The fewest samples of a micro-batch: one, unless it came to that and the model cannot do with one."""
-    plans = [data_plan(settings, task.train.size, pipelines=n, pipeline=0) for n in {1, pipelines}]
-    return 1 if min(plan.shortest for plan in plans) > 1 else least_samples(task.model)
-
-
-def data_plan(
-    settings: Settings, size: int, *, pipelines: int, pipeline: int, least: int = 1, begun: Position = BEGINNING
-) -> Plan:
-    """Which samples which pipeline sees when, from `begun` on."""
-    return Plan(
-        size=size,
-        batch_size=settings.batch_size,
-        pipelines=pipelines,
-        pipeline=pipeline,
-        microbatches=settings.num_microbatches,
-        least=least,
-        seed=settings.seed,
-        begun=begun,
     )
 
 
@@ -457,32 +308,20 @@ class Trainer:
 
     def _validate(self, *, pipelines: int, pipeline: int) -> None:
         """Pipeline `pipeline` of the `pipelines` that take part does its share."""
-        assert self.task.val is not None
+        val = self.task.val
+        assert val is not None
         plan = ValidationPlan(
-            size=self.task.val.size,
-            batch_size=self.settings.batch_size,
-            pipelines=pipelines,
-            pipeline=pipeline,
+            size=val.size, batch_size=self.settings.batch_size, pipelines=pipelines, pipeline=pipeline
         )
-        hooks = self._validation_hooks(plan)
-        training, self.executor.hooks = self.executor.hooks, hooks
-        with self.transport.unlimited():
-            sums = self.executor.evaluate(schedules.forward_only(self.position, self.stages, range(plan.count)))
-            self.transport.flush()
-        self.executor.hooks = training
+        hooks = validation_hooks(
+            self._feed(val.inputs, plan, 0, None, self._workers()) if self.position == 0 else None,
+            self._feed(val.targets, plan, 0, None, 0) if self.is_last else None,
+            device=self.world.device,
+        )
+        program = schedules.forward_only(self.position, self.stages, range(plan.count))
+        sums = run_validation(self.executor, self.transport, program, hooks)
         if self.journal is not None:
             self.journal.validated(self.batches, sums or dict.fromkeys(self.task.criterion.names, 0.0))
-
-    def _validation_hooks(self, plan: ValidationPlan) -> Hooks:
-        assert self.task.val is not None
-        hooks = Hooks()
-        if self.position == 0:
-            hooks.inputs = InputSupply(iter(self._feed(self.task.val.inputs, plan, 0, None, self._workers())))
-        if self.is_last:
-            targets = InputSupply(iter(self._feed(self.task.val.targets, plan, 0, None, 0)))
-            device = self.world.device
-            hooks.targets = lambda number: (tuple(t.to(device, non_blocking=True) for t in targets(number)), None)
-        return hooks
 
     def save(self) -> None:
         """Writes a checkpoint: the stages of one pipeline, whose weights are those of every pipeline."""
