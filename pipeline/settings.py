@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core.units import bytes_per_second
 from pipeline.errors import UserError
 from pipeline.simulation.emulation import parse_emulate
-from pipeline.simulation.profile import parse_profile
+from pipeline.simulation.parse_profile import parse_profile
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

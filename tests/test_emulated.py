@@ -20,10 +20,11 @@ from pipeline.models.layered import build_blocks
 from pipeline.models.partition import cut_points, needs_profile
 from pipeline.placement import Place
 from pipeline.settings import Settings
+from pipeline.simulation.device import EmulatedDevice
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.simulation.emulation import Emulation, parse_emulate
-from pipeline.simulation.profile import parse_profile
-from pipeline.simulation.straggler import EmulatedDevice, make_straggler, slowed
+from pipeline.simulation.parse_profile import parse_profile
+from pipeline.simulation.straggler import make_straggler, slowed
 from pipeline.stage.stage import StageOptions
 from pipeline.train.emulated import make_emulated
 from pipeline.train.run import train

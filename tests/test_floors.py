@@ -57,13 +57,14 @@ PURE = names(
     models.resnet models.smallest sync coordination.director coordination.gather coordination.groups
     coordination.membership coordination.patience coordination.replies coordination.thinning coordination.work_queue
     data.epochs data.plan simulation.emulation simulation.profile stage.batchnorm report.divergence
-    stage.loss_scaling
+    stage.loss_scaling simulation.parse_profile
     """
 )
 WITHOUT_TORCH = names(
     """
     core errors placement settings cluster.control cluster.cores cluster.edition cluster.identity cluster.porch
     cluster.seal cluster.wire coordination simulation.emulation simulation.profile sync.dialogue report.divergence
+    simulation.parse_profile
     """
 )
 WORLD = (

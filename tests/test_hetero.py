@@ -20,8 +20,10 @@ from pipeline.errors import UserError
 from pipeline.placement import Place
 from pipeline.settings import Settings
 from pipeline.simulation.clocks import ExactClock
-from pipeline.simulation.profile import Profile, Whom, check_places, parse_profile, parse_trace
-from pipeline.simulation.straggler import Straggler, make_straggler, read_profile, slowed
+from pipeline.simulation.parse_profile import parse_profile, parse_trace
+from pipeline.simulation.profile import Profile, Whom, check_places
+from pipeline.simulation.read_profile import read_profile
+from pipeline.simulation.straggler import Straggler, make_straggler, slowed
 from pipeline.simulation.throttled import ThrottledTransport, throttled
 from pipeline.stage.executor import Executor
 from pipeline.transport.local import local_transports

@@ -17,7 +17,7 @@ from pipeline.coordination.membership import Malformed
 from pipeline.errors import CoordinatorLost, UserError
 from pipeline.models.bert_config import read_shape
 from pipeline.models.costs import _read
-from pipeline.simulation.profile import parse_profile
+from pipeline.simulation.parse_profile import parse_profile
 
 DEEP = "[" * 100_000
 

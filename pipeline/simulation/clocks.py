@@ -1,4 +1,4 @@
-"""Waiting exactly. The system's sleep ends late, by 50 to 200 us, which would be several per cent of an emulated op.
+"""Clocks to wait by. The system's sleep ends 50 to 200 us late, which would be several per cent of an emulated op.
 
 sleep ............ late ....|        told to sleep for less, by as much as it is usually late,
                             ^        and the rest is waited out by looking at the clock
@@ -9,9 +9,24 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from typing import Protocol
 
 MOST_EARLY_S = 2.5e-4
 _PR_SET_TIMERSLACK = 29
+
+
+class Clock(Protocol):
+    """Seconds, and waiting for some."""
+
+    def now(self) -> float: ...
+    def wait(self, seconds: float) -> None: ...
+
+
+class Waiting(Protocol):
+    """Seconds, and waiting until so many."""
+
+    def now(self) -> float: ...
+    def wait_until(self, moment: float) -> None: ...
 
 
 class SharpClock:

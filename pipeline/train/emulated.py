@@ -12,10 +12,9 @@ from pipeline.core.actions import Op
 from pipeline.core.draw import mix
 from pipeline.data.loader import Batch, Key
 from pipeline.settings import Settings
-from pipeline.simulation.clocks import SharpClock
+from pipeline.simulation.clocks import SharpClock, Waiting
 from pipeline.simulation.emulated_model import EmulatedBlock, SumOfShares, emulated_model, samples
 from pipeline.simulation.emulation import Emulation, parse_emulate
-from pipeline.simulation.straggler import Waiting
 from pipeline.train.plan import Pace, Task
 
 STEPS = 100  # updates of an epoch unless --max-steps says

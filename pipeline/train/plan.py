@@ -22,8 +22,8 @@ from pipeline.schedules.orders import Schedule, find_schedule
 from pipeline.schedules.program import Shape
 from pipeline.schedules.simulate import validate
 from pipeline.settings import Settings
+from pipeline.simulation.clocks import Waiting
 from pipeline.simulation.profile import Profile
-from pipeline.simulation.straggler import Waiting
 from pipeline.stage.build import tie_of
 from pipeline.stage.seeding import GENERATOR_LOCK
 from pipeline.stage.tied import Tie

@@ -33,7 +33,7 @@ from pipeline.schedules.program import edges
 from pipeline.settings import Settings
 from pipeline.simulation.profile import Profile as Hetero
 from pipeline.simulation.profile import check_places
-from pipeline.simulation.straggler import read_profile
+from pipeline.simulation.read_profile import read_profile
 from pipeline.simulation.throttled import throttled
 from pipeline.train.elastic import ElasticTrainer
 from pipeline.train.optim import scaled

@@ -31,8 +31,9 @@ from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport, peak_memory_bytes
 from pipeline.report.training_log import Journal
 from pipeline.schedules import program as schedules
+from pipeline.simulation.device import EmulatedDevice
 from pipeline.simulation.profile import Profile
-from pipeline.simulation.straggler import EmulatedDevice, Straggler, make_straggler, slowed
+from pipeline.simulation.straggler import Straggler, make_straggler, slowed
 from pipeline.stage.build import make_stage
 from pipeline.stage.executor import Executor, Hooks, NoReducer, Reducer
 from pipeline.stage.gpu_clock import GpuClock, cuda_clock
