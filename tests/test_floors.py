@@ -51,7 +51,7 @@ ROOMS: dict[str, str] = {
 # Decisions: a function of values, whatever the time, the machine or the run. Packages stand for all that is in them.
 PURE = names(
     """
-    train.plan
+    train.plan report.lines
     core.actions core.draw core.outside core.plain core.topology core.trace core.units errors settings schedules
     models.costs models.partition models.bert models.bert_config models.criterion models.layered models.mlp
     models.resnet models.smallest sync coordination.director coordination.gather coordination.groups

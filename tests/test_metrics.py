@@ -14,20 +14,10 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.criterion import BertPretraining, Classification, Criterion
-from pipeline.report.run_log import (
-    JsonLines,
-    Losses,
-    Rows,
-    RunLog,
-    TensorBoard,
-    Window,
-    add_sums,
-    io_line,
-    run_name,
-    speed_line,
-    training_line,
-)
+from pipeline.report.lines import add_sums, io_line, speed_line, training_line
+from pipeline.report.run_log import Losses, Rows, RunLog, Window, run_name
 from pipeline.report.training_log import mixed_since
+from pipeline.report.writers import JsonLines, TensorBoard
 from pipeline.simulation.emulated_model import SumOfShares
 
 

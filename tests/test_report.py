@@ -12,14 +12,12 @@ import pytest
 
 from pipeline.core.trace import Span
 from pipeline.errors import UserError
+from pipeline.report.pictures import draw_losses, draw_timeline, smooth
 from pipeline.report.summary import (
     RankReport,
-    draw_losses,
-    draw_timeline,
     human_bytes,
     mixing_text,
     peak_memory_bytes,
-    smooth,
     summary_text,
     totals,
     write_reports,

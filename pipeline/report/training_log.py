@@ -19,8 +19,10 @@ from pipeline.core.plain import finite, write_line
 from pipeline.data.epochs import Calendar
 from pipeline.models.criterion import Criterion
 from pipeline.report.divergence import LossWatch
-from pipeline.report.run_log import GROUPS, JsonLines, RunLog, TensorBoard, Window, Writer, add_sums, group_sizes
+from pipeline.report.lines import add_sums
+from pipeline.report.run_log import RunLog, Window
 from pipeline.report.summary import peak_memory_bytes
+from pipeline.report.writers import GROUPS, JsonLines, TensorBoard, Writer, group_sizes
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
