@@ -24,6 +24,7 @@ from pipeline.stage.batchnorm import DeferredBatchNorm, defer_batch_norm
 from pipeline.stage.loss_scaling import LossScaler
 from pipeline.stage.optimizer_state import momenta, reset
 from pipeline.stage.seeding import Draws, generators_of
+from pipeline.stage.state import KeptBuffers, buffer_names, copied, floating_buffers, model_state
 from pipeline.stage.tied import borrow
 from pipeline.stage.weights import Version, Weights
 
@@ -92,25 +93,6 @@ class _Sums:
         return result
 
 
-class _Statistics:
-    """Buffers of a stage (running statistics), kept and restored around a recomputation; one kernel per dtype."""
-
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
-        live: dict[torch.dtype, list[Tensor]] = {}
-        for _, module in modules:
-            for buffer in module.buffers():
-                live.setdefault(buffer.dtype, []).append(buffer.data)  # past autograd, which saved but never reads them
-        self._pairs = [(tensors, [torch.empty_like(tensor) for tensor in tensors]) for tensors in live.values()]
-
-    def keep(self) -> None:
-        for live, kept in self._pairs:
-            torch._foreach_copy_(kept, live)
-
-    def restore(self) -> None:
-        for live, kept in self._pairs:
-            torch._foreach_copy_(live, kept)
-
-
 class Stage:
     """A run of neighbouring blocks with their weights and optimiser.
 
@@ -157,7 +139,7 @@ class Stage:
         scale = self.options.loss_scale if self.options.amp is torch.float16 else 1.0
         self.scaler = LossScaler(scale=scale, growth_interval=self.options.loss_scale_growth)
         self._deferred = _deferred(self.modules)
-        self._statistics = _Statistics(self.modules) if self._recompute else None
+        self._statistics = KeptBuffers(self.modules) if self._recompute else None
         self._still = RLock()  # held while running statistics are written, and while somebody copies them
         self.name_of: Callable[[int], int] = lambda microbatch: microbatch  # by which random numbers are drawn
         self.updates = 0
@@ -364,14 +346,7 @@ class Stage:
 
         What a stage forgets at its end (deferred statistics that are not complete) is not among them.
         """
-        parts = [part for _, module in self.modules for part in module.modules()]
-        kept = [
-            buffer.data
-            for part in parts
-            for name, buffer in part._buffers.items()
-            if buffer is not None and name not in part._non_persistent_buffers_set and buffer.is_floating_point()
-        ]
-        return list({id(buffer): buffer for buffer in kept}.values())
+        return floating_buffers(self.modules)
 
     # --- evaluation and state
 
@@ -408,23 +383,17 @@ class Stage:
 
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under 'model.' and the unsplit model's names; views of the live tensors."""
-        return {
-            f"model.{prefix}{name}": tensor
-            for prefix, module in self.modules
-            for name, tensor in module.state_dict().items()
-            if prefix + name not in self._aliases
-        }
+        return model_state(self.modules, self._aliases)
 
     def snapshot(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies, on the CPU, of these tensors of a state, for another thread that keeps updates away meanwhile.
 
         Running statistics are those between two forwards, which wait for no more than this small part of the copy.
         """
-        named = ((prefix, name) for prefix, module in self.modules for name, _ in module.named_buffers())
-        statistics = {f"model.{prefix}{name}" for prefix, name in named} & live.keys()
+        statistics = buffer_names(self.modules) & live.keys()
         with self._still:
-            copies = {name: _copy(live[name]) for name in statistics}
-        return {name: copies[name] if name in copies else _copy(tensor) for name, tensor in live.items()}
+            copies = {name: copied(live[name]) for name in statistics}
+        return {name: copies[name] if name in copies else copied(tensor) for name, tensor in live.items()}
 
     def borrowed_state(self) -> dict[str, Tensor]:
         """Where to put a borrowed parameter when weights are loaded: 'model.' + its owner's name."""
@@ -470,10 +439,6 @@ def _decay_groups(weights: Weights, decay_norm_and_bias: bool) -> list[dict[str,
     rest = [index for index, slot in enumerate(weights.slots) if len(slot.shape) > 1]
     groups: list[dict[str, Any]] = [{"slots": rest}, {"slots": flat, "weight_decay": 0.0}]
     return [group for group in groups if group["slots"]] or groups[:1]
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
