@@ -1,8 +1,8 @@
 """What the modules of a stage hold, under the names of the unsplit model: parameters, and buffers beside them.
 
-model.4.conv.weight                  a parameter: the optimiser moves it, versions of it are kept (`weights.py`)
-model.4.norm.running_mean            a floating buffer: forwards move it, replicas average it
-model.4.norm.num_batches_tracked     another buffer: part of a checkpoint, and of nothing else
+model.layer1.0.conv1.weight                  a parameter: the optimiser moves it (`weights.py`)
+model.layer1.0.bn1.running_mean              a floating buffer: forwards move it, replicas average it
+model.layer1.0.bn1.num_batches_tracked       another buffer: stands in checkpoints
 """
 
 from __future__ import annotations
