@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pipeline.coordination.client import Group
 from pipeline.errors import Fenced, GroupBroken
+from pipeline.replicas.conversation import Link, MixStats, mean_of
 from pipeline.replicas.flat_state import StageVector
-from pipeline.replicas.mixers import AsynchronousMixer, BlockingMixer, Link, MixStats, OverlappedMixer, mean_of
+from pipeline.replicas.mixers import AsynchronousMixer, BlockingMixer, OverlappedMixer
 from pipeline.schedules.orders import SCHEDULES
 from pipeline.schedules.program import Shape, program
 from pipeline.stage.build import make_stage

@@ -34,8 +34,8 @@ from pipeline.coordination.client import FRAME_BYTES, Client, JobRules, Welcome
 from pipeline.coordination.gather import add_up
 from pipeline.coordination.thinning import fit
 from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewReplicas
+from pipeline.replicas.conversation import Link, MixStats
 from pipeline.replicas.mesh.mesh import Mesh
-from pipeline.replicas.mixers import Link, MixStats
 from pipeline.report.event_log import Diary
 from pipeline.sync import make_synchroniser
 

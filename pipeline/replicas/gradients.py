@@ -1,7 +1,7 @@
-"""The mean of the gradients over the replicas of a stage, in flat buckets that leave while the backward still runs.
+"""The mean of the gradients over the replicas of a stage: by all-reduce while the backward runs, or through the mesh.
 
-Buckets are filled from the last parameter to the first, the order in which a backward finishes them. Every replica
-starts them in the same order, whichever of its gradients happens to be ready first.
+An all-reduce takes flat buckets. They are filled from the last parameter to the first, the order in which a backward
+finishes them. Every replica starts them in the same order, whichever of its gradients happens to be ready first.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import PeerLost
+from pipeline.replicas.conversation import Link
 from pipeline.stage.weights import Slot, Weights
+from pipeline.sync.dialogue import Group
 
 DEFAULT_BUCKET_BYTES = 4 << 20
 
@@ -158,3 +161,50 @@ def _make_bucket(indices: list[int], slots: Sequence[Slot], device: torch.device
         offsets.append(size)
         size += slots[index].size
     return _Bucket(torch.zeros(size, dtype=slots[indices[0]].dtype, device=device), indices, offsets)
+
+
+class MeshReducer:
+    """The mean of the gradients over all live replicas, through the mesh: all-reduce for workers that are threads.
+
+    last stage   L0: join a group, mean of the normalisers ── F0 B0 ── mean of the gradients in the same group ── U0
+    the others       F0 B0 ── join a group, mean of the gradients ── U0
+    """
+
+    def __init__(self, weights: Weights, link: Link) -> None:
+        self._weights, self._link = weights, link
+        self._step = 0
+        self._group: Group | None = None  # of the update under way
+        self.bytes_sent = 0  # the mesh counts them
+
+    def open(self) -> None:
+        return None
+
+    def share(self, counts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The mean of the normalisers, scalars, over those with whom the next update's gradients are averaged."""
+        group = self._group = self._join()
+        if len(group.members) == 1:
+            return counts
+        mesh, generations = self._link.mesh, group.generations
+        mean = mesh.average(torch.stack(counts), group.members, group.round, part=1, generations=generations)
+        return tuple(mean)
+
+    def finish(self) -> None:
+        group, self._group = self._group or self._join(), None
+        met = perf_counter()
+        if len(group.members) > 1:
+            slots, leaves = self._weights.slots, self._weights.newest.leaves
+            pairs = zip(self._weights.gradients, leaves, strict=True)
+            flat = torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for g, leaf in pairs])
+            mean = self._link.mesh.average(flat, group.members, group.round, generations=group.generations)
+            parts = torch.split(mean, [slot.size for slot in slots])
+            self._weights.gradients[:] = [
+                part.view(slot.shape).to(slot.dtype) for part, slot in zip(parts, slots, strict=True)
+            ]
+        self._link.stats.spent(mixing_s=perf_counter() - met)
+
+    def _join(self) -> Group:
+        started = perf_counter()
+        self._step += 1
+        group = self._link.joined(self._link.client.ready(self._step, ""))
+        self._link.stats.spent(waiting_s=perf_counter() - started)
+        return group

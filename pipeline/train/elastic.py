@@ -31,16 +31,11 @@ from pipeline.data.plan import Plan
 from pipeline.data.supply import InputSupply, TargetSupply
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, PeerLost, TooFewReplicas
 from pipeline.replicas.consensus import ConsensusProbe
+from pipeline.replicas.conversation import mean_of
 from pipeline.replicas.elastic import ElasticWorld
 from pipeline.replicas.flat_state import StageVector
-from pipeline.replicas.mixers import (
-    AsynchronousMixer,
-    BlockingMixer,
-    MeshReducer,
-    NothingToMix,
-    OverlappedMixer,
-    mean_of,
-)
+from pipeline.replicas.gradients import MeshReducer
+from pipeline.replicas.mixers import AsynchronousMixer, BlockingMixer, NothingToMix, OverlappedMixer
 from pipeline.report.run_log import run_name
 from pipeline.report.summary import RankReport
 from pipeline.report.training_log import ElasticJournal
