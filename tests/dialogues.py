@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.core.draw import draw, shuffled
+from pipeline.core.group import Group
 from pipeline.errors import GroupBroken
 from pipeline.sync.adpsgd import correction
-from pipeline.sync.dialogue import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
+from pipeline.sync.dialogue import Average, Broadcast, Dialogue, Join, Locate, Place, Request, Swap
 
 Grouping = Callable[[Sequence[int], int], "list[tuple[int, ...]]"]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.coordination.client import Group
+from pipeline.core.group import Group
 from pipeline.errors import Fenced, GroupBroken
 from pipeline.replicas.conversation import Link, MixStats, mean_of
 from pipeline.replicas.flat_state import StageVector

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.core.draw import draw
+from pipeline.core.group import Group
 from pipeline.errors import GroupBroken
 from pipeline.settings import Settings
 from pipeline.sync import Synchroniser, make_synchroniser
 from pipeline.sync.adpsgd import AdPsgd, MatchedAdPsgd, passive_neighbours
-from pipeline.sync.dialogue import Average, Group, Join, average, broadcast, unless_broken
+from pipeline.sync.dialogue import Average, Join, average, broadcast, unless_broken
 from pipeline.sync.local_sgd import Calendar, LocalSgd
 from pipeline.sync.outer import DiLoCo, Outer, OuterRule, SlowMo
 from pipeline.sync.preduce import PartialReduce

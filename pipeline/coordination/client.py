@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import zmq
@@ -33,6 +32,7 @@ from pipeline.cluster.wire import split_address
 from pipeline.coordination.answers import Answer
 from pipeline.coordination.keys import curve_keys
 from pipeline.coordination.membership import JobRules as JobRules
+from pipeline.core.group import Group
 from pipeline.core.outside import parse_json
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, TooFewReplicas, UserError
 
@@ -59,18 +59,6 @@ class JobOver(RuntimeError):
 
 class Replaced(RuntimeError):
     """A newer incarnation of this process has taken its place: it must end."""
-
-
-class Group(NamedTuple):
-    """Who averages together; `round` is -1 for a pipeline that is not whole and stays alone.
-
-    `generations` are the members' when the group was formed: who has been lost since will not come.
-    """
-
-    round: int
-    members: tuple[int, ...]
-    reason: str
-    generations: Mapping[int, int] = MappingProxyType({})
 
 
 class Welcome(NamedTuple):

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pipeline.coordination.client import Client
-from pipeline.coordination.client import Group as Answered
+from pipeline.core.group import Group
 from pipeline.errors import CoordinatorLost, Fenced, GroupBroken, TooFewReplicas
 from pipeline.replicas.mesh.mesh import Mesh
-from pipeline.sync.dialogue import Average, Broadcast, Dialogue, Group, Join, Locate, Place, Request, Swap
+from pipeline.sync.dialogue import Average, Broadcast, Dialogue, Join, Locate, Place, Request, Swap
 
 HARMLESS = (Fenced, CoordinatorLost, TooFewReplicas)  # the training loop meets them again where it can act on them
 
@@ -112,8 +112,8 @@ class Link:
             raise Fenced("this pipeline was declared lost")
         return self.mesh.swap(request.peer, request.x)
 
-    def joined(self, answer: Future[Answered]) -> Group:
-        group = Group(*answer.result())
+    def joined(self, answer: Future[Group]) -> Group:
+        group = answer.result()
         self.stats.met(len(group.members))
         return group
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.core.group import Group
 from pipeline.errors import PeerLost
 from pipeline.replicas.conversation import Link
 from pipeline.stage.weights import Slot, Weights
-from pipeline.sync.dialogue import Group
 
 DEFAULT_BUCKET_BYTES = 4 << 20
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.coordination.client import Group as Answered
+from pipeline.core.group import Group
 from pipeline.replicas.conversation import Conversation, Link
 from pipeline.replicas.flat_state import StageVector
 from pipeline.stage.executor import NoMixer
@@ -52,7 +52,7 @@ class BlockingMixer:
         self.step = 0
         self._x = vector.read()  # what the dialogue works on; filled when its partners are known
         self._talk: Conversation | None = None
-        self._partners: Future[Answered] | None = None
+        self._partners: Future[Group] | None = None
 
     def request(self, rate: float) -> None:
         self.step += 1

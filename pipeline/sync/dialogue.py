@@ -11,27 +11,16 @@ was expected.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
+from pipeline.core.group import Group
 from pipeline.errors import GroupBroken
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-
-
-class Group(NamedTuple):
-    """Replicas of one stage that average together: pipelines in ascending order, a number used once in the job.
-
-    `generations`, if known: how often each member had been lost when the group was formed.
-    """
-
-    round: int
-    members: tuple[int, ...]
-    reason: str = ""
-    generations: Mapping[int, int] | None = None
 
 
 class Place(NamedTuple):
