@@ -34,7 +34,9 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.coordination.groups.scheduler import Form, GroupScheduler, Ready, Rules, Tick
+from pipeline.coordination.groups.events import Form, Ready, Tick
+from pipeline.coordination.groups.policy import Rules
+from pipeline.coordination.groups.scheduler import GroupScheduler
 from pipeline.coordination.keys import curve_keys
 from pipeline.coordination.membership import JobRules
 from pipeline.coordination.server import spawn_coordinator

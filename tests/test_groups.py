@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.coordination.groups.scheduler import Final, Form, GroupScheduler, Joined, Left, Ready, Rules, Tick, WakeAt
+from pipeline.coordination.groups.events import Final, Form, Joined, Left, Ready, Tick, WakeAt
+from pipeline.coordination.groups.policy import Rules
+from pipeline.coordination.groups.scheduler import GroupScheduler
 from pipeline.coordination.groups.waits import BURST, FIRST_WAIT_S, ReferenceWait
 from pipeline.coordination.work_queue import Shares
 from pipeline.core.actions import Op

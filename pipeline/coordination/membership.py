@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pipeline.coordination.groups.scheduler import Rules
+from pipeline.coordination.groups.policy import Rules
 
 Message = dict[str, Any]
 State = Literal["coming", "live", "away", "finished"]
@@ -29,7 +29,7 @@ class Malformed(ValueError):
 class JobRules:
     """What a job agreed on beforehand; the same from every worker.
 
-    `policy`, `max_group`, `connect_within`, `wait` and `seed` are `groups.scheduler.Rules`'; `even` is `Shares`';
+    `policy`, `max_group`, `connect_within`, `wait` and `seed` are `groups.policy.Rules`'; `even` is `Shares`';
     `hosts` is hosts[stage][pipeline], for groups inside a host.
     """
 
