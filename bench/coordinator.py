@@ -38,7 +38,7 @@ from pipeline.coordination.groups.events import Form, Ready, Tick
 from pipeline.coordination.groups.policy import Rules
 from pipeline.coordination.groups.scheduler import GroupScheduler
 from pipeline.coordination.keys import curve_keys
-from pipeline.coordination.membership import JobRules
+from pipeline.coordination.messages import JobRules
 from pipeline.coordination.server import spawn_coordinator
 
 WARM_UP_S = 1.0

@@ -237,7 +237,8 @@ def schedule_alone(factor: float, options: argparse.Namespace) -> Outcome:
 
 def client(options: argparse.Namespace) -> None:
     """One of them: a step is two waits, as long as a forward and a backward."""
-    from pipeline.coordination.client import Client, JobRules
+    from pipeline.coordination.client import Client
+    from pipeline.coordination.messages import JobRules
     from pipeline.simulation.clocks import ExactClock
 
     clock = ExactClock()

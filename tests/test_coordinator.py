@@ -20,8 +20,9 @@ import zmq
 
 from pipeline.cluster.failures import is_secondary
 from pipeline.coordination.answers import Answer
-from pipeline.coordination.client import Client, JobOver, JobRules, Replaced, Welcome
+from pipeline.coordination.client import Client, JobOver, Replaced, Welcome
 from pipeline.coordination.keys import curve_keys
+from pipeline.coordination.messages import JobRules
 from pipeline.coordination.server import FRAME_BYTES, Coordinator, spawn_coordinator
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, PeerLost, TooFewReplicas, UserError
 
@@ -288,7 +289,8 @@ def test_an_address_that_cannot_be_is_found_at_once(address: str) -> None:
 NO_FILES_LEFT = """
 import os, resource, sys
 from pipeline.coordination.answers import Answer
-from pipeline.coordination.client import Client, JobRules
+from pipeline.coordination.client import Client
+from pipeline.coordination.messages import JobRules
 from pipeline.errors import CoordinatorLost
 client = Client(sys.argv[1], bytes(32), JobRules(stages=1, pipelines=1), stage=0, pipeline=0)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

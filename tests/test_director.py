@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.coordination.director import Director, JobRules, Malformed
+from pipeline.coordination.director import Director
 from pipeline.coordination.gather import REMEMBERED, WAITING
+from pipeline.coordination.messages import JobRules, Malformed
 
 Message = dict[str, Any]
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from heturun.launch.cluster import load_cluster
-from pipeline.coordination.client import Client, JobRules
+from pipeline.coordination.client import Client
 from pipeline.coordination.director import Director
-from pipeline.coordination.membership import Malformed
+from pipeline.coordination.messages import JobRules, Malformed
 from pipeline.errors import CoordinatorLost, UserError
 from pipeline.models.bert_config import read_shape
 from pipeline.models.costs import _read

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -31,7 +31,7 @@ from zmq.utils.monitor import parse_monitor_message
 from pipeline.cluster.wire import split_address
 from pipeline.coordination.answers import Answer
 from pipeline.coordination.keys import curve_keys
-from pipeline.coordination.membership import JobRules as JobRules
+from pipeline.coordination.messages import JobRules, Message, T
 from pipeline.core.group import Group
 from pipeline.core.outside import parse_json
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, TooFewReplicas, UserError
@@ -48,9 +48,6 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 _EVENTS = zmq.Event.DISCONNECTED | zmq.Event.CONNECT_RETRIED | zmq.Event.HANDSHAKE_SUCCEEDED
 _EVENTS |= zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 _SURVIVE_A_FENCE = ("hello", "ticket", "first", "bye")
-
-T = TypeVar("T")
-Message = dict[str, Any]
 
 
 class JobOver(RuntimeError):

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pipeline.coordination.gather import WAITING, Asker, Complete, FirstValues, Gathers, Name, objection
 from pipeline.coordination.groups.events import Final, Form, Joined, Left, Ready, Tick
 from pipeline.coordination.groups.scheduler import GroupScheduler
-from pipeline.coordination.membership import JobRules, Malformed, Message, Pipeline, Roll, Worker, field_of, listed
+from pipeline.coordination.membership import Pipeline, Roll, Worker, listed
+from pipeline.coordination.messages import JobRules, Malformed, Message, field_of
 from pipeline.coordination.replies import NEVER, Outgoing, Post
 from pipeline.coordination.work_queue import Shares
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pipeline.coordination.membership import Ask, Message, Worker
+from pipeline.coordination.membership import Ask, Worker
+from pipeline.coordination.messages import Message
 
 Outgoing = list[tuple[bytes, Message]]
 

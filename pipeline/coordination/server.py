@@ -39,7 +39,7 @@ from pipeline.cluster.porch import raise_file_limit
 from pipeline.cluster.wire import join_address, split_address
 from pipeline.coordination.director import Director
 from pipeline.coordination.keys import curve_keys
-from pipeline.coordination.membership import Malformed
+from pipeline.coordination.messages import Malformed
 from pipeline.coordination.replies import Outgoing
 from pipeline.core.outside import parse_json
 from pipeline.errors import CoordinatorLost, UserError
