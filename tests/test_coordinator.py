@@ -20,9 +20,10 @@ import zmq
 
 from pipeline.cluster.failures import is_secondary
 from pipeline.coordination.answers import Answer
-from pipeline.coordination.client import Client, JobOver, Replaced, Welcome
+from pipeline.coordination.client import Client
 from pipeline.coordination.keys import curve_keys
 from pipeline.coordination.messages import JobRules
+from pipeline.coordination.questions import JobOver, Replaced, Welcome
 from pipeline.coordination.server import FRAME_BYTES, Coordinator, spawn_coordinator
 from pipeline.errors import CoordinatorLost, Fenced, PeerLate, PeerLost, TooFewReplicas, UserError
 

@@ -14,78 +14,34 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
-from pipeline.cluster.wire import split_address
 from pipeline.coordination.answers import Answer
 from pipeline.coordination.keys import curve_keys
+from pipeline.coordination.line import Line
 from pipeline.coordination.messages import JobRules, Message, T
+from pipeline.coordination.questions import Call, Replaced, Welcome, gathered
 from pipeline.core.group import Group
-from pipeline.core.outside import parse_json
-from pipeline.errors import CoordinatorLost, Fenced, PeerLate, TooFewReplicas, UserError
+from pipeline.errors import CoordinatorLost, Fenced, TooFewReplicas
 
 FRAME_BYTES = 1 << 20  # the coordinator takes no longer message
 PAUSE_S = 0.5  # oversleeping by more than that means that this process was frozen, not the coordinator
-PROBE_S = 0.5
 FAREWELL_S = 2.0
-STRANGERS_TRIES = 20  # connections that are cut before their handshake: about 2 s
 GRACE_S = 30.0  # beyond every other limit, for a thread that would say why
 PATIENCE_S = 10.0  # the least silence of the coordinator that is taken for its end
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
-_EVENTS = zmq.Event.DISCONNECTED | zmq.Event.CONNECT_RETRIED | zmq.Event.HANDSHAKE_SUCCEEDED
-_EVENTS |= zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 _SURVIVE_A_FENCE = ("hello", "ticket", "first", "bye")
-
-
-class JobOver(RuntimeError):
-    """The other pipelines finished the job while this one was away: it has nothing left to do."""
-
-
-class Replaced(RuntimeError):
-    """A newer incarnation of this process has taken its place: it must end."""
-
-
-class Welcome(NamedTuple):
-    """Where to begin, or to go on: `late` says that the job already runs, so that weights must be copied first."""
-
-    generation: int
-    late: bool
-    segment: int
-    k: int
-
-
-class _Call(NamedTuple):
-    """A question that waits for its answer."""
-
-    kind: str
-    generation: int  # with which it was asked
-    payload: bytes
-    future: Future[Any]
-    decode: Callable[[Message], Any]
-
-
-_ERRORS: Mapping[str, Callable[[str], Exception]] = {
-    "fenced": Fenced,
-    "too few": TooFewReplicas,
-    "timeout": PeerLate,
-    "refused": ValueError,
-    "over": JobOver,
-    "replaced": Replaced,
-}
-
 
 _NEWS: Mapping[str, Mapping[str, type]] = {  # what comes unasked, and what it must hold
     "pong": {},
@@ -151,7 +107,7 @@ class Client:
         self._server_key, self._keys = curve_keys(key, "server").public, curve_keys(key, "client")
         self._lock = threading.Lock()
         self._asked = 0
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._outbox: deque[bytes] = deque()
         self._rung = False  # whether the thread has been told that there is something to send
         self._failure: Callable[[], Exception] | None = None  # what all questions fail with from now on
@@ -232,7 +188,7 @@ class Client:
             scope: "stage" (its replicas), "pipeline" (its stages), "all", or "last" (the last stage's replicas; others
                 may listen, their value does not count).
         """
-        return self._ask("gather", {"key": key, "value": value, "scope": scope, "fold": fold}, _gathered)
+        return self._ask("gather", {"key": key, "value": value, "scope": scope, "fold": fold}, gathered)
 
     def first(self, key: str, value: Any, segment: int = -1) -> Future[Any]:
         """The value of whoever was the first to give one; forgotten when the segment is over (-1, the start, never)."""
@@ -293,7 +249,7 @@ class Client:
                 payload = _encode(message).encode()
                 if len(payload) > FRAME_BYTES:
                     raise ValueError(f"{kind} of {len(payload)} bytes; the coordinator takes {FRAME_BYTES}")
-                self._calls[self._asked] = _Call(kind, self.generation, payload, future, decode)
+                self._calls[self._asked] = Call(kind, self.generation, payload, future, decode)
                 self._outbox.append(payload)
                 if not self._rung:
                     self._rung = True
@@ -363,23 +319,9 @@ class Client:
             call = self._calls.pop(number, None) if isinstance(number, int) else None
         if call is None:
             return  # it came twice, or its future has failed already
-        error, text = message.get("error"), str(message.get("text", ""))
-        if error is None:
-            try:
-                value = call.decode(message)
-            except (LookupError, TypeError, ValueError):
-                _reject(call.future, CoordinatorLost(f"the coordinator answered {call.kind} with {message!r:.80}"))
-            else:
-                _resolve(call.future, value)
-            return
-        if error == "fenced" and isinstance(message.get("g"), int):
+        if message.get("error") == "fenced" and isinstance(message.get("g"), int):
             self._fence(message["g"])
-        if error == "refused" and call.kind == "hello":
-            _reject(call.future, UserError(text))
-        elif isinstance(error, str) and error in _ERRORS:
-            _reject(call.future, _ERRORS[error](text))
-        else:
-            _reject(call.future, CoordinatorLost(f"the coordinator answered {call.kind} with {message!r:.80}"))
+        call.settle(message)
 
     def _news(self, message: Message) -> None:
         kind = message.get("type")
@@ -426,7 +368,7 @@ class Client:
             stale = [number for number, call in self._calls.items() if call.kind not in _SURVIVE_A_FENCE]
             calls = [self._calls.pop(number) for number in stale if self._calls[number].generation < generation]
         for call in calls:
-            _reject(call.future, Fenced(text))
+            call.reject(Fenced(text))
         self._on_lost(self.pipeline, generation)
 
     def _fail(self, failure: Callable[[], Exception]) -> None:
@@ -437,7 +379,7 @@ class Client:
             calls = [call for number, call in self._calls.items() if number not in kept]
             self._calls = kept
         for call in calls:
-            _reject(call.future, failure())
+            call.reject(failure())
 
     # --- the thread
 
@@ -456,13 +398,13 @@ class Client:
                 calls, self._calls = list(self._calls.values()), {}
                 self._outbox.clear()
             for call in calls:
-                _reject(call.future, self._failure())
+                call.reject(self._failure())
             self._dispose()
 
     def _hold_line(self) -> None:
         """Makes the connection and serves it to its end."""
         try:
-            line = _Line(self._context, self._address, self._identity, self._server_key, self._keys)
+            line = Line(self._context, self._address, self._identity, self._server_key, self._keys)
         except (zmq.ZMQError, OSError, ValueError) as error:  # no such address, or no file descriptors are left
             raise CoordinatorLost(
                 f"no connection to the coordinator at {self._address} can be made: {error}"
@@ -483,7 +425,7 @@ class Client:
         os.close(wake)
         os.close(self._wake_end)
 
-    def _serve(self, line: _Line) -> None:
+    def _serve(self, line: Line) -> None:
         heard = expected = time.monotonic()
         next_ping = heard + self._ping_s
         renewed = heard
@@ -507,7 +449,7 @@ class Client:
             if line.reconnected():
                 self._repeat()
 
-    def _flush(self, line: _Line) -> None:
+    def _flush(self, line: Line) -> None:
         self._rung = False  # whoever asks from here on rings again
         while self._outbox:
             line.send(self._outbox.popleft())
@@ -517,7 +459,7 @@ class Client:
         with self._lock:
             self._outbox = deque(call.payload for _, call in sorted(self._calls.items()))
 
-    def _mind(self, line: _Line, now: float, heard: float, renewed: float) -> float:
+    def _mind(self, line: Line, now: float, heard: float, renewed: float) -> float:
         """Looks whether the coordinator is still there; after some silence, renews the connection and says when."""
         if line.broke() and line.refused():
             raise CoordinatorLost(f"the coordinator at {self._address} has ended")
@@ -533,112 +475,6 @@ class Client:
         return renewed
 
 
-class _Line:
-    """The socket, its monitor, and how to make them anew; used by one thread."""
-
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes, server_key: bytes, keys: Any
-    ) -> None:
-        self._context, self._address, self._identity = context, address, identity
-        self._server_key, self._keys = server_key, keys
-        self.strange = False  # the other end does not share our key
-        self._events = 0
-        self._known = False  # there was a handshake once
-        self._cut = 0  # connections that were cut before that
-        self._again = False
-        self._connect()
-
-    def _connect(self) -> None:
-        self._poller: zmq.Poller | None = None
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.identity = self._identity
-        self._socket.curve_serverkey = self._server_key
-        self._socket.curve_publickey, self._socket.curve_secretkey = self._keys
-        self._socket.linger = 0
-        self._socket.sndhwm = 0
-        self._socket.ipv6 = self._address.startswith("[")
-        self._monitor = self._socket.get_monitor_socket(_EVENTS)
-        self._socket.connect(f"tcp://{self._address}")
-        self._greeted = False  # on this socket
-        self._broke = False
-
-    def renew(self) -> None:
-        """Drops the connection and makes another."""
-        self.close()
-        self._connect()
-
-    def close(self) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close(linger=0)
-
-    def send(self, payload: bytes) -> None:
-        self._socket.send(payload, zmq.NOBLOCK)
-
-    def wait(self, fd: int, pause_s: float) -> bool:
-        """Until a message, an event or a ring at `fd`; whether it rang."""
-        if self._poller is None:
-            self._poller = zmq.Poller()
-            for one in (self._socket, self._monitor, fd):
-                self._poller.register(one, zmq.POLLIN)
-        ready = dict(self._poller.poll(int(pause_s * 1000) + 1))
-        if self._monitor in ready:
-            self._look()
-        return fd in ready
-
-    def receive(self) -> list[Message]:
-        """All messages that have come."""
-        messages = []
-        while True:
-            try:
-                message = parse_json(self._socket.recv(zmq.NOBLOCK))
-                messages.append(message if isinstance(message, dict) else {"type": "no object"})
-            except ValueError as error:
-                messages.append({"type": str(error)})  # which nobody knows: it is complained of
-            except zmq.Again:
-                return messages
-
-    def reconnected(self) -> bool:
-        """Whether the connection was made again since the last call."""
-        again, self._again = self._again, False
-        return again
-
-    def broke(self) -> bool:
-        """Whether the connection broke, or could not be made, since the last call."""
-        broke, self._broke = self._broke, False
-        return broke
-
-    def refused(self) -> bool:
-        """Whether nobody listens there any more."""
-        try:
-            socket.create_connection(split_address(self._address), timeout=PROBE_S).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False  # a cut cable looks like this
-        return False
-
-    def _look(self) -> None:
-        while True:
-            try:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
-            except zmq.Again:
-                return
-            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-                self._again = self._again or self._greeted
-                self._greeted = self._known = True
-            elif event in (zmq.Event.DISCONNECTED, zmq.Event.CONNECT_RETRIED):
-                self._broke = True
-                self._cut += event == zmq.Event.DISCONNECTED
-                self.strange = self.strange or (not self._known and self._cut > STRANGERS_TRIES)
-            elif not self._known:
-                self.strange = True
-
-
-def _gathered(answer: Message) -> Any:
-    return dict(answer["rows"]) if "rows" in answer else answer["value"]
-
-
 def _closed() -> Exception:
     return CoordinatorLost("this client of the coordinator is closed")
 
@@ -647,13 +483,3 @@ def _with_cause(cause: BaseException) -> CoordinatorLost:
     error = CoordinatorLost(f"the client of the coordinator failed: {cause!r}")
     error.__cause__ = cause
     return error
-
-
-def _resolve(future: Future[Any], value: Any) -> None:
-    with suppress(InvalidStateError):  # its asker cancelled it
-        future.set_result(value)
-
-
-def _reject(future: Future[Any], error: Exception) -> None:
-    with suppress(InvalidStateError):
-        future.set_exception(error)

@@ -30,9 +30,10 @@ from pipeline.cluster.json_exchange import broadcast_value, packed, unpacked
 from pipeline.cluster.rendezvous import Networks, choose_address, networks, pipeline_store, read_value
 from pipeline.cluster.wire import OUTAGE_S
 from pipeline.cluster.world import Peer, World, is_oversubscribed
-from pipeline.coordination.client import FRAME_BYTES, Client, Welcome
+from pipeline.coordination.client import FRAME_BYTES, Client
 from pipeline.coordination.gather import add_up
 from pipeline.coordination.messages import JobRules
+from pipeline.coordination.questions import Welcome
 from pipeline.coordination.thinning import fit
 from pipeline.errors import CoordinatorLost, Fenced, Forged, PeerLost, TooFewReplicas
 from pipeline.replicas.conversation import Link, MixStats

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.coordination.client import JobOver
 from pipeline.coordination.patience import Patience
+from pipeline.coordination.questions import JobOver
 from pipeline.data.dynamic_batches import TicketBook, TicketFeed, TicketPlan
 from pipeline.data.epochs import Position, Segments
 from pipeline.data.plan import Plan
