@@ -52,7 +52,7 @@ ROOMS: dict[str, str] = {
 PURE = names(
     """
     train.plan report.lines
-    core.group coordination.messages coordination.questions
+    core.group coordination.messages coordination.questions coordination.job
     core.actions core.draw core.outside core.plain core.topology core.trace core.units errors settings schedules
     models.costs models.partition models.bert models.bert_config models.criterion models.layered models.mlp
     models.resnet models.smallest sync coordination.director coordination.gather coordination.groups

@@ -59,12 +59,36 @@ class Pipeline:
     segment: int = -1  # of these tickets
     giver: int | None = None  # whom its stages copy from
 
+    def lose(self, why: str) -> State:
+        """What it said until now no longer counts; returns the state that it was in."""
+        before, self.state = self.state, "away"
+        self.generation += 1
+        self.giver, self.why = None, f"pipeline {self.index} was declared lost: {why}"
+        return before
+
+    def take_in(self) -> None:
+        """It is whole, and takes part again."""
+        self.state, self.why, self.giver = "live", "", None
+        self.segment, self.tickets = -1, {}
+
+    def keep(self, segment: int, k: int, ticket: int | None) -> None:
+        """Remembers what one of its stages was told, for the others."""
+        if self.segment != segment:
+            self.segment, self.tickets = segment, {}
+        if ticket is not None:
+            self.tickets[k] = ticket
+
+    def fence(self) -> Message:
+        """The news that it was lost, for its own workers."""
+        return {"type": "fenced", "g": self.generation, "text": self.why}
+
 
 class Roll:
     """Everybody, as soon as the first worker has brought the rules."""
 
-    def __init__(self, rules: JobRules) -> None:
+    def __init__(self, rules: JobRules, raw_rules: Message) -> None:
         self.rules = rules
+        self._raw_rules = raw_rules  # as the first worker sent them
         self.pipelines = [Pipeline(index) for index in range(rules.pipelines)]
         self.workers: dict[bytes, Worker] = {}
 
@@ -82,6 +106,38 @@ class Roll:
     def enter(self, worker: Worker) -> None:
         """Takes a worker in who is not there yet."""
         self.workers[worker.id] = self.pipelines[worker.pipeline].workers[worker.stage] = worker
+
+    def objection(
+        self, rules: Message, stage: int, index: int, incarnation: int, *, known: bool
+    ) -> tuple[str, str] | None:
+        """Why a worker cannot take part, as (error, text)."""
+        if rules != self._raw_rules:
+            first = self._raw_rules
+            differing = [name for name in first if rules.get(name) != first[name]]
+            listing = ", ".join(f"{name} {rules.get(name)!r} (the first: {first[name]!r})" for name in differing)
+            return "refused", f"stage {stage} of pipeline {index} has {listing}; give every process the same flags"
+        if not (0 <= stage < self.rules.stages and 0 <= index < self.rules.pipelines):
+            shape = f"{self.rules.pipelines} pipeline(s) of {self.rules.stages} stage(s)"
+            return "refused", f"there is no stage {stage} of pipeline {index} among {shape}"
+        pipeline = self.pipelines[index]
+        if incarnation < pipeline.incarnation:
+            return "replaced", f"incarnation {pipeline.incarnation} of pipeline {index} has taken this one's place"
+        if known or (incarnation == pipeline.incarnation and stage in pipeline.workers):
+            return "refused", f"stage {stage} of pipeline {index} has already said hello"
+        return None
+
+    def welcome(self, worker: Worker, *, segment: int, next_k: int) -> Message:
+        """Where a worker begins, or goes on, and with whom."""
+        pipeline, others = self.pipeline_of(worker), self.of("live")
+        return {
+            "g": pipeline.generation,
+            "late": pipeline.state != "live",
+            "segment": segment,
+            "k": next_k,
+            "live": [other.index for other in others],
+            "generations": [other.generation for other in self.pipelines],
+            "peers": [(other.index, other.workers[worker.stage].mesh) for other in others],
+        }
 
     def renew(self, pipeline: Pipeline, incarnation: int) -> None:
         """A pipeline's processes were started again: the old ones are nobody."""
@@ -124,6 +180,34 @@ class Roll:
             for number, ask in worker.asks.items()
             if not kinds or ask.kind in kinds
         ]
+
+    def choose_giver(self, joiner: Pipeline, candidates: list[int], refused: int) -> int:
+        """Whom a lost pipeline copies from: as before if that is possible and not refused."""
+        giver = joiner.giver
+        if giver not in candidates or giver == refused:
+            giver = min(candidates, key=lambda index: self._burden(index, joiner, refused))
+            joiner.giver = giver
+        return giver
+
+    def _burden(self, index: int, joiner: Pipeline, refused: int) -> tuple[bool, int, int]:
+        """Whoever gives to fewest others is asked; among equals the next one."""
+        taken = sum(other.giver == index for other in self.of("away"))
+        return index == refused, taken, (index - joiner.index) % self.rules.pipelines
+
+    def too_few(self) -> str | None:
+        """Why the job cannot go on, if fewer pipelines are left than it needs."""
+        left, lost = self.of("coming", "live", "finished"), self.of("away")
+        if len(left) >= self.rules.min_replicas:
+            return None
+        count = f"{len(left)} of {self.rules.pipelines} pipelines {'is' if len(left) == 1 else 'are'} left"
+        reasons = "; ".join(pipeline.why for pipeline in lost)
+        return f"{count}, and --min-replicas is {self.rules.min_replicas}: {reasons}"
+
+    def paused(self, seconds: float, now: float) -> None:
+        """Nobody could be heard for a while: whoever was not silent before counts as heard now."""
+        for worker in self.workers.values():
+            if worker.heard + seconds >= now - self.rules.heartbeat_timeout_s:
+                worker.heard = now
 
     def silent_at(self, now: float) -> list[Worker]:
         """Who has been silent for as long as the heartbeat timeout, and was not before; from now on they are."""
