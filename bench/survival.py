@@ -133,7 +133,7 @@ def endure(case: Case, most_faults: int) -> Outcome:
                 outcome.wrong.append(job.tail(15))
         if not any(line.startswith("hang") for line in outcome.wrong):  # what was killed by force cannot tidy up
             outcome.wrong += [f"file {path.relative_to(folder)}" for path in left_files(temporary)]
-            outcome.wrong += [f"file /dev/shm/{left}" for left in sorted(shared_memory_names() - shared)]
+            outcome.wrong += [f"file /dev/shm/{left}" for left in left_in_shared_memory(shared)]
     return outcome
 
 
@@ -210,6 +210,14 @@ def left_processes(job: FaultyJob) -> list[str]:
 
 def left_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if OF_TORCH not in path.parts)
+
+
+def left_in_shared_memory(before: set[str]) -> list[str]:
+    """What has come and does not go: other jobs of this machine may run."""
+    deadline = time.monotonic() + GONE_S
+    while (left := shared_memory_names() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return sorted(left)
 
 
 def shared_memory_names() -> set[str]:

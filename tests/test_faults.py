@@ -80,16 +80,27 @@ def test_a_lost_coordinator_ends_the_job_at_a_checkpoint_that_resumes(tmp_path: 
         assert not job.processes()
     updates = checkpoint.read_values(checkpoint.latest(folder))["updates"]
     assert 10 <= updates < 150
-    again, moved = tmp_path / "again", tmp_path / "moved"
+    again = tmp_path / "again"
     again.mkdir()
-    shutil.copytree(folder, moved)
-    with tiny_job(again, epoch_s=3.0, checkpoint=str(folder), resume=str(moved), restarts=1, **options) as job:
-        job.wait_for_updates(1, within_s=PATIENCE_S)
-        shutil.rmtree(moved)  # who starts again copies a replica, and reads no checkpoint
-        job.wait_for("joined", 2, pipeline=1, after=job.kill(1), within_s=PATIENCE_S)
+    with tiny_job(again, epoch_s=3.0, checkpoint=str(folder), resume="", **options) as job:
         assert job.finish(within_s=PATIENCE_S) == 0, job.text()
         assert f"after {updates} updates" in job.text()
     assert checkpoint.read_values(checkpoint.latest(folder))["updates"] == 150
+
+
+@thorough
+def test_a_pipeline_that_starts_again_reads_no_checkpoint(tmp_path: Path) -> None:
+    """It copies a replica, though the folder that its job was resumed from is gone by then."""
+    folder, again, options = tmp_path / "ck", tmp_path / "again", {"pipelines": 2, "preduce": True, "epoch_s": 1.0}
+    again.mkdir()
+    with tiny_job(tmp_path, checkpoint=str(folder), **options) as job:
+        assert job.finish(within_s=PATIENCE_S) == 0, job.text()
+    with tiny_job(again, epochs=1000, resume=str(folder), restarts=1, **options) as job:
+        job.wait_for_updates(1, within_s=PATIENCE_S)
+        shutil.rmtree(folder)
+        killed = job.kill(1)
+        job.wait_for("joined", pipeline=1, after=killed, within_s=PATIENCE_S)
+        assert "resumed from" in job.text()
 
 
 def test_a_frozen_worker_is_dropped_and_rejoins_when_it_goes_on(tmp_path: Path) -> None:
