@@ -324,24 +324,28 @@ def test_a_shared_memory_smaller_than_a_microbatch_changes_nothing() -> None:
 
 
 KILL_A_WORKER = """
-import multiprocessing, os, signal
+import multiprocessing, os, signal, sys
 from pipeline.data.loader import MicrobatchFeed
 from pipeline.data.plan import Plan
 from test_feed import Numbers
 if __name__ == "__main__":
-    reading = iter(MicrobatchFeed(Numbers(100), Plan(size=100, batch_size=2), workers=1))
+    feed = MicrobatchFeed(Numbers(100), Plan(size=100, batch_size=2), workers=2)
+    reading = iter(feed)
     next(reading)
+    if "locked" in sys.argv:  # what a worker holds for a moment before each of its batches, and may die with
+        feed._loader._iterator._workers_done_event._cond.acquire()
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for _ in reading:
         pass
 """
 
 
-def test_a_killed_worker_is_an_error_and_no_hang() -> None:
+@pytest.mark.parametrize("state", ["", "locked"])
+def test_a_killed_worker_is_an_error_and_no_hang(state: str) -> None:
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     run = subprocess.run(
-        [sys.executable, "-c", KILL_A_WORKER], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", KILL_A_WORKER, state], env=environment, capture_output=True, text=True, timeout=100
     )
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]  # torch may be waiting, or fetching a tensor, when the worker dies

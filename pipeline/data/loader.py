@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from pipeline.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
 IN_FLIGHT = 16  # micro-batches per worker that /dev/shm shall hold: read ahead, being used, and those of other ranks
+KILLED_S = 5.0  # for a process to be gone
 LONGEST_TEMPORARY = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 
 Key = int | tuple[int, int]
@@ -150,9 +152,12 @@ class MicrobatchFeed:
             except StopIteration:
                 return
             except (ConnectionError, EOFError) as error:
+                self.close()
+                _give_up(loader)
                 raise RuntimeError(f"a process that reads data died: its connection is broken ({error})") from error
             except RuntimeError as error:
                 self.close()
+                _give_up(loader)
                 if "timed out" not in str(error):
                     raise
                 raise UserError(
@@ -160,6 +165,24 @@ class MicrobatchFeed:
                     "is the file system there? (--timeout gives it more time, --workers 0 reads without processes)"
                 ) from error
             yield _as_tensors(loaded)
+
+
+def _give_up(loader: Any) -> None:
+    """Ends the workers of an iterator one of whose workers is dead or stuck, by force.
+
+    torch's own end asks them politely, and for that takes a lock that the dead one may have held: it would hang
+    (`Event.set()` in `_shutdown_workers`).
+    """
+    if getattr(loader, "_shutdown", True):
+        return
+    loader._shutdown = True
+    if loader._worker_pids_set:  # their end would be an error, wherever this process is then
+        signal_handling._remove_worker_pids(id(loader))  # type: ignore[attr-defined]
+        loader._worker_pids_set = False
+    for worker in loader._workers:
+        worker.kill()
+    for worker in loader._workers:
+        worker.join(KILLED_S)
 
 
 @dataclass(frozen=True)
