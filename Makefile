@@ -41,6 +41,7 @@ bench: env
 	python3 bench/coordinator.py
 	python3 bench/hetero.py
 	python3 bench/chaos.py
+	python3 bench/survival.py
 	python3 bench/gpu.py
 
 env: $(STAMP)

@@ -1,4 +1,4 @@
-"""The losses of twelve small jobs to the last digit: a change that is none is proved by equal ones.
+"""The losses of eleven small jobs to the last digit: a change that is none is proved by equal ones.
 
     python bench/losses.py --write before.json      on the old code
     python bench/losses.py --against before.json    on the new code, on the same machine: exit status 1 if one differs
