@@ -22,5 +22,5 @@ class HurriedClock(SharpClock):
 
 
 if __name__ == "__main__":
-    pipeline.emulated_task.SharpClock = HurriedClock  # type: ignore[misc]
+    pipeline.train.emulated.SharpClock = HurriedClock  # type: ignore[misc]
     train_resnet.main()

@@ -183,9 +183,9 @@ def test_the_cause_of_a_failed_start_comes_last(launch: Launch, launcher: str) -
 def test_other_sources_on_the_second_host_are_said_in_one_line(launch: Launch, launcher: str) -> None:
     code = (
         "import os, time\n"
-        "from heturun import edition\n"
+        "from pipeline.cluster import edition\n"
         "from pipeline.cluster.control import Control\n"
-        "if os.environ['HETURUN_HOST'] == 'w1':\n    time.sleep(1)\n    edition.__version__ = '0.0.9'\n"
+        "if os.environ['HETURUN_HOST'] == 'w1':\n    time.sleep(1)\n    edition.VERSION = '0.0.9'\n"
         "Control.from_environment()\n"
         "time.sleep(60)"
     )
