@@ -60,15 +60,13 @@ STEPS = 6
 
 
 def heturun(launcher: str, command: Sequence[str], folder: Path, *, steps: int) -> list[float]:
-    """The loss of every update, as the metrics file has it."""
-    metrics = folder / "metrics.jsonl"
+    """The loss of every update, over all pipelines, as the curve of the summary has it."""
     placement = command[command.index("--placement") + 1]
     stages, pipelines = (int(number) for number in placement.removeprefix("local_").split("x"))
-    places = ["--out", str(folder / "out"), "--runs", str(folder / "runs"), "--metrics", str(metrics)]
+    places = ["--out", str(folder / "out"), "--runs", str(folder / "runs")]
     start = [sys.executable, "-m", "heturun", "-w", str(stages * pipelines), "--launcher", launcher, sys.executable]
     run([*start, *command, *COMMON, "--max-steps", str(steps), *places])
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "window"]
+    return [loss for _, loss in json.loads((folder / "out" / "summary.json").read_text())["curve"]]
 
 
 def resumed(folder: Path) -> list[float]:
